@@ -1,0 +1,200 @@
+"""What a model is, what a run is, what a request asks for: frozen objects, built from files and flags.
+
+Every class checks itself: an impossible value is a RequestError that names the numbers.
+Fields made by `flag` carry their help text, so that a command line can be built from the class (cli.py).
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llama_mp.errors import RequestError, did_you_mean
+
+DEFAULT_SIZE = "smollm2-135m"
+SIZE_ALIASES = {"30b": "33B"}  # the paper says 33B, Meta's download folder says 30B
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling: long wavelengths are divided by `factor`, with a smooth ramp between."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A LLaMA architecture in global numbers: nothing here depends on a model-parallel degree in use."""
+
+    name: str
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_dim: int
+    vocab_size: int  # 0: not stated, taken from the tensors when they are opened
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    context_length: int = 2048
+    native_mp: int = 1  # shards of Meta's own download
+    embedding_axis: Literal[0, 1] = 1  # axis on which Meta's files split tok_embeddings
+    head_dim: int = 0  # 0: dim / num_heads
+    source: str = ""  # where the figures come from
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "context_length"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"model {self.name}: {name} is {getattr(self, name)}, but must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise RequestError(
+                f"model {self.name}: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if not self.head_dim:
+            if self.dim % self.num_heads:
+                raise RequestError(f"model {self.name}: dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+            object.__setattr__(self, "head_dim", self.dim // self.num_heads)
+
+    @property
+    def num_queries_per_kv(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+def configs_folder() -> Path:
+    """Where the sizes lie: inside an installed package, beside the package in a checkout (setup.cfg maps them)."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def size_names() -> list[str]:
+    """The names that `--size` knows: by family, smallest first."""
+    names = [path.stem for path in configs_folder().glob("*.toml")]
+    # digits and the text between them alternate, so that numbers are compared with numbers: 7B before 13B
+    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
+def load_size(size: str) -> ModelConfig:
+    """The architecture that configs/ holds under `size`, letter case and `30B` forgiven."""
+    known = {name.lower(): name for name in size_names()}
+    wanted = SIZE_ALIASES.get(size.lower(), size).lower()
+    if wanted not in known:
+        sizes = ", ".join(known.values())
+        raise RequestError(f"--size {size} is not known{did_you_mean(size, known.values())}; sizes: {sizes}")
+    text = (configs_folder() / f"{known[wanted]}.toml").read_text(encoding="utf-8")
+    return config_from_mapping({"name": known[wanted]} | tomllib.loads(text))
+
+
+def config_from_mapping(values: Mapping[str, Any]) -> ModelConfig:
+    """A ModelConfig from a config file's keys; an unknown key is an error that lists the valid ones."""
+    valid = [f.name for f in fields(ModelConfig)]
+    unknown = sorted(set(values) - set(valid))
+    if unknown:
+        raise RequestError(f"model {values.get('name')}: unknown keys {unknown}; valid keys: {', '.join(valid)}")
+    scaling = values.get("rope_scaling") or {}
+    strange = sorted(set(scaling) - {f.name for f in fields(RopeScaling)})
+    if strange:
+        raise RequestError(f"model {values.get('name')}: unknown keys of rope_scaling {strange}")
+    return ModelConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+
+class Flags:
+    """Base of every flags class, so that each one's checks run when several are inherited."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Flags):
+    """How a model is run: the model flags of the commands' contract."""
+
+    size: str | None = flag(None, f"a model of configs/; {DEFAULT_SIZE} when --ckpt_dir is absent too")
+    ckpt_dir: Path | None = flag(None, "a folder of consolidated.NN.pth and params.json, or a .gguf file")
+    tokenizer: Path | None = flag(None, "tokenizer file; default: beside the checkpoint, one folder up, or in the GGUF")
+    dtype: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = flag("auto", "precision of weights and computation")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the model runs")
+    max_seq_len: int | None = flag(None, "tokens of prompt and answer that a row holds; default: from the prompts")
+    max_batch_size: int = flag(8, "rows computed at once")
+    step_timeout: float = flag(60.0, "seconds after which a silent rank ends the run")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, max_seq_len=2, max_batch_size=1)
+        if not self.step_timeout > 0:
+            raise RequestError(f"--step_timeout is {self.step_timeout}, but must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Flags):
+    """What one request asks of the generation."""
+
+    max_gen_len: int = flag(128, "tokens to generate at most")
+    temperature: float = flag(0.6, "0 is greedy")
+    top_p: float = flag(0.9, "sample from the smallest set of tokens with this probability")
+    top_k: int = flag(0, "sample from this many tokens; 0: all")
+    min_p: float = flag(0.0, "drop tokens less probable than this fraction of the best one")
+    repetition_penalty: float = flag(1.0, "divides the positive logits of tokens seen, multiplies the negative ones")
+    seed: int = flag(1, "the same seed, id and prompt give the same text, whatever runs beside it")
+    stop: tuple[str, ...] = flag((), "end at this text, which is left out; may be given several times")
+    logprobs: bool = flag(False, "log-probability of each generated token")
+    prompt_logprobs: bool = flag(False, "log-probability of each prompt token but the first")
+    echo: bool = flag(False, "put the prompt before the completion")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, max_gen_len=1, temperature=0, top_k=0, min_p=0)
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"--top_p is {self.top_p}, but must be above 0 and at most 1")
+        if self.min_p > 1:
+            raise RequestError(f"--min_p is {self.min_p}, but must be at most 1")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise RequestError(f"--repetition_penalty is {self.repetition_penalty}, but must be between 0.01 and 100")
+        if "" in self.stop:
+            raise RequestError("--stop is empty, but must be a text of at least one character")
+
+    def override(self, values: Mapping[str, Any]) -> "SamplingConfig":
+        """This request with the flags of one prompts-file line; wrong names and types are errors."""
+        defaults = asdict(SamplingConfig())
+        for name, value in values.items():
+            if name not in defaults:
+                valid = ", ".join(["id", "prompt", "messages", *defaults])
+                raise RequestError(f"unknown field {name!r}{did_you_mean(name, defaults)}; valid: {valid}")
+            check_json_type(name, value, defaults[name])
+        given = dict(values)
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        elif "stop" in given:
+            given["stop"] = tuple(given["stop"])
+        return replace(self, **given)
+
+
+def check_json_type(name: str, value: Any, default: Any) -> None:
+    """Raise RequestError unless the JSON `value` has the type of `default` (an int passes for a float)."""
+    if isinstance(default, bool):
+        good = isinstance(value, bool)
+    elif isinstance(default, int | float):
+        good = isinstance(value, int if isinstance(default, int) else int | float) and not isinstance(value, bool)
+    else:  # stop: one text or a list of them
+        good = isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    if not good:
+        kind = "text or list of texts" if isinstance(default, tuple) else type(default).__name__
+        raise RequestError(f"{name} is {value!r}, but must be of type {kind}")
+
+
+def check_at_least(flags: Any, **least: float) -> None:
+    """Raise RequestError when a field of `flags` is below its `least` (None passes, NaN does not)."""
+    for name, bound in least.items():
+        value = getattr(flags, name)
+        if value is not None and not bound <= value < float("inf"):
+            raise RequestError(f"--{name} is {value}, but must be at least {bound}")

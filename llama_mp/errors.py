@@ -1,0 +1,80 @@
+"""The two kinds of expected failure, and the one line each of them prints.
+
+A failure that the user can do something about is an exception of this module whose text says what,
+where and what to do. Whatever else reaches `report` is our own fault and is said to be.
+"""
+
+import contextlib
+import difflib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+
+DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+SPEAK_GRACE_S = 5.0
+
+
+class RequestError(ValueError):
+    """The request was wrong: a flag, a path, a value, or something that does not fit. Exit code 2."""
+
+    exit_code = BAD_REQUEST
+
+
+class RunError(RuntimeError):
+    """A correct request that failed while it ran. Exit code 1."""
+
+    exit_code = RUN_FAILED
+
+
+def one_line(error: BaseException) -> str:
+    """`error` as the text after `error: `: a single line, with the remedy."""
+    if isinstance(error, RequestError | RunError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    else:
+        text = (
+            f"unexpected {type(error).__name__}: {error}; set LLAMA_MP_DEBUG=1 for the traceback, and please report it"
+        )
+    return " ".join(text.split())
+
+
+def rank_zero_speaks() -> bool:
+    """Before the ranks know each other: torchrun's rank 0, or a process without ranks, is the one to speak."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+_may_speak = rank_zero_speaks
+
+
+def set_speaker(may_speak: Callable[[], bool]) -> None:
+    """Let `may_speak` decide, once an error has come, whether this rank is the one that prints it."""
+    global _may_speak
+    _may_speak = may_speak
+
+
+def report(error: BaseException) -> int:
+    """Print `error: ...` on stderr if this rank is the one to speak, and return the exit code.
+
+    The other ranks wait a little: the first to exit makes torchrun end them all, the speaker's line unsaid."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if os.environ.get("LLAMA_MP_DEBUG") == "1":
+        traceback.print_exception(error, file=sys.stderr)
+    if _may_speak():
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(SPEAK_GRACE_S)
+    return getattr(error, "exit_code", RUN_FAILED)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean X?)"` for the nearest of `known`, case aside, or an empty string."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[near[0]]}?)" if near else ""
