@@ -1,0 +1,55 @@
+"""Open a checkpoint of any format, and fill one rank's parameters from it: each rank reads its own pieces alone."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from llama_mp.checkpoint.gguf import GGUFSource
+from llama_mp.checkpoint.meta import MetaSource
+from llama_mp.checkpoint.source import Source, check_tensors
+from llama_mp.layout import Placement, Shard, Span
+from llama_mp.locate import Checkpoint
+
+SOURCES = {"meta": MetaSource, "gguf": GGUFSource}
+CHUNK_ELEMENTS = 8 << 20  # what is in flight beside the rank's own weights: 32 MiB in fp32
+
+
+def open_source(checkpoint: Checkpoint) -> Source:
+    """The checkpoint's header read and checked against its architecture; no weight is read yet.
+
+    Raises RequestError for files that are not whole, and for missing, unknown or wrongly shaped tensors."""
+    source = SOURCES[checkpoint.kind](checkpoint)
+    check_tensors(checkpoint, source)
+    return source
+
+
+def load_shards(
+    shards: Mapping[str, Shard], source: Source, *, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter of `shards`, by name, on `device` in `dtype`. Zeros where no placement is."""
+    for name, shard in shards.items():
+        yield name, load_shard(shard, source, dtype=dtype, device=device)
+
+
+def load_shard(shard: Shard, source: Source, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    make = torch.zeros if shard.is_padded else torch.empty
+    parameter = make(shard.shape, dtype=dtype, device=device)
+    matrix = parameter if parameter.dim() == 2 else parameter.unsqueeze(1)
+    num_filled = 0
+    for placement in shard.placements:
+        for rows in row_chunks(placement):
+            part = source.read(placement.source, rows, placement.cols)
+            row = placement.row + rows.start - placement.rows.start
+            target = matrix[row : row + len(rows), placement.col : placement.col + len(placement.cols)]
+            target.copy_(part if part.dim() == 2 else part.unsqueeze(1))
+            num_filled += part.numel()
+    # Placements do not overlap, so the count proves that every element was filled, or is padding made zero above.
+    assert num_filled == shard.num_elements or shard.is_padded, f"{shard.name}: {num_filled} elements filled"
+    return parameter
+
+
+def row_chunks(placement: Placement) -> Iterator[Span]:
+    """The rows of `placement` in order, a bounded number of elements at a time."""
+    step = max(1, CHUNK_ELEMENTS // len(placement.cols))
+    for start in range(placement.rows.start, placement.rows.stop, step):
+        yield Span(start, min(start + step, placement.rows.stop))

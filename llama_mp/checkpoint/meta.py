@@ -1,0 +1,133 @@
+"""Meta's folders: `consolidated.NN.pth`, one file per rank of the degree at which they were written."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_mp.checkpoint.source import listed, narrowest
+from llama_mp.config import ModelConfig
+from llama_mp.errors import RequestError
+from llama_mp.layout import Span, cover, global_shapes, matrix_shape, shards
+from llama_mp.locate import Checkpoint
+
+IGNORED = ("rope.freqs",)  # LLaMA 1 keeps its rotation frequencies in each shard; they follow from the config
+
+
+class MetaSource:
+    """Reads slices of global tensors from the memory-mapped shards."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.tensors = [open_shard(file) for file in checkpoint.files]
+        self.files = checkpoint.files
+        self.check_same_names()
+        self.config = complete(checkpoint.config, self.tensors)
+        held = self.match_layout(checkpoint)
+        self.held = {name: [part[name] for part in held] for name in held[0]}
+        self.shapes = {n: s for n, s in global_shapes(self.config).items() if n in self.tensors[0]}
+        self.precision = narrowest({t.dtype for t in self.tensors[0].values() if t.dim() == 2})
+        self.bytes_read = 0
+
+    def names(self) -> list[str]:
+        return list(self.tensors[0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes.get(name, tuple(self.tensors[0][name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[0][name].dtype
+
+    def read(self, name: str, rows: Span, cols: Span) -> torch.Tensor:
+        parts = []
+        for rank, p in cover(self.held[name], rows, cols):
+            tensor = self.tensors[rank][name]
+            slices = (slice(p.row, p.row + len(p.rows)), slice(p.col, p.col + len(p.cols)))
+            parts.append((p, tensor[slices[: tensor.dim()]]))
+        self.bytes_read += sum(part.numel() * part.element_size() for _, part in parts)
+        if len(parts) == 1:
+            return parts[0][1]
+        whole = torch.empty(len(rows), len(cols), dtype=self.dtype(name))
+        for p, part in parts:
+            row, col = p.rows.start - rows.start, p.cols.start - cols.start
+            whole[row : row + len(p.rows), col : col + len(p.cols)] = part
+        return whole
+
+    def check_same_names(self) -> None:
+        """Raise RequestError when a shard holds other tensors than the first."""
+        first = set(self.tensors[0])
+        for file, tensors in zip(self.files, self.tensors, strict=True):
+            differ = sorted(first ^ set(tensors))
+            if differ:
+                raise RequestError(f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): not one model")
+
+    def match_layout(self, checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+        """The layout of every file, its shapes equal to the tensors'. Raises RequestError that lists the others."""
+        mp = len(self.files)
+        axis = self.config.embedding_axis
+        held = [shards(self.config, rank, mp, embedding_axis=axis) for rank in range(mp)]
+        faults = [
+            f"{file.name}: {name} has shape {tuple(tensor.shape)}, not {held[rank][name].shape}"
+            for rank, file in enumerate(self.files)
+            for name, tensor in self.tensors[rank].items()
+            if name in held[rank] and tuple(tensor.shape) != held[rank][name].shape
+        ]
+        if faults:
+            remedy = f"{self.degree_hint()}check that params.json and all shards come from one download"
+            raise RequestError(f"{checkpoint.path} at MP {mp}: {listed(faults)}; {remedy}")
+        return held
+
+    def degree_hint(self) -> str:
+        """What the shapes say about the number of shards there should be."""
+        gate = self.tensors[0].get("layers.0.feed_forward.w1.weight")
+        if gate is None or not len(gate) or self.config.hidden_dim % len(gate):
+            return ""
+        degree = self.config.hidden_dim // len(gate)
+        return f"the tensors are those of {degree} shards, and {len(self.files)} are here: " if degree != len(self.files) else ""
+
+
+def open_shard(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, memory-mapped. Raises RequestError for a file that is not whole, or runs code."""
+    try:
+        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RequestError(
+            f"{file} would run code when loaded, or is no torch file: refused ({reason(error)}); "
+            "get it from a source that you trust"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise RequestError(f"{file} is not a whole torch file ({reason(error)}); copy it again") from error
+    if not isinstance(loaded, dict):
+        raise RequestError(f"{file} holds a {type(loaded).__name__}, not a dictionary of tensors: not a LLaMA shard")
+    strange = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise RequestError(f"{file}: {strange[0]} is not a tensor: not a LLaMA shard")
+    return {name: tensor for name, tensor in loaded.items() if name not in IGNORED}
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of torch's message that says something about the file."""
+    text = str(error)
+    for start in ("Unsupported global", "Unsupported operand", "Unsupported class"):
+        if start in text:
+            text = text[text.index(start) :]
+            break
+    return text.strip().split("\n")[0].split(". ")[0][:120]
+
+
+def complete(config: ModelConfig, tensors: list[dict[str, torch.Tensor]]) -> ModelConfig:
+    """`config` with what only the tensors tell: vocabulary, tied embeddings, and the axis of the embeddings."""
+    embeddings, output = tensors[0].get("tok_embeddings.weight"), tensors[0].get("output.weight")
+    if embeddings is None:
+        return config  # the check of names says so
+    axis = 0 if matrix_shape(tuple(embeddings.shape))[1] == config.dim else 1
+    split_rows = sum(len(part["output.weight"]) for part in tensors) if output is not None else 0
+    embedding_rows = len(embeddings) if axis == 1 else sum(len(part["tok_embeddings.weight"]) for part in tensors)
+    return replace(
+        config,
+        vocab_size=config.vocab_size or split_rows or embedding_rows,
+        tied_embeddings=output is None,
+        embedding_axis=axis,
+    )

@@ -1,0 +1,129 @@
+"""The header of a GGUF file: its metadata and where each tensor lies. Reads no weights, needs no torch.
+
+Format: "GGUF", the specification in ggml's docs/gguf.md, versions 2 and 3, little-endian. The gguf package reads
+headers too, at 40 us a string: seconds for a vocabulary, on every rank; its tables and dequantization serve us.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from llama_mp.errors import RequestError
+
+MAGIC = b"GGUF"
+MAX_ARRAY_DEPTH = 4
+MAX_DIMENSIONS = 4
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A tensor's logical `shape` (rows first), its GGML type, and the place of its bytes in the file."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+class Cursor:
+    """Reads values one after the other; a read past the end raises struct.error or ValueError."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def scalar(self, form: str) -> Any:
+        [value] = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return value
+
+    def text(self) -> str:
+        length = self.scalar("<Q")
+        if length > len(self.data) - self.at:
+            raise ValueError(f"a text of {length} bytes")
+        self.at += length
+        return self.data[self.at - length : self.at].decode("utf-8", "surrogateescape")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY or depth == MAX_ARRAY_DEPTH:
+            raise ValueError(f"metadata type {kind}")
+        item, count = self.scalar("<I"), self.scalar("<Q")
+        if item in SCALARS:
+            return list(self.scalars(SCALARS[item], count))
+        if count > len(self.data) - self.at:
+            raise ValueError(f"an array of {count} values")
+        return [self.value(item, depth + 1) for _ in range(count)]
+
+    def scalars(self, form: str, count: int) -> tuple[Any, ...]:
+        size = struct.calcsize(form) * count
+        if size > len(self.data) - self.at:
+            raise ValueError(f"an array of {count} values")
+        self.at += size
+        return struct.unpack_from(f"<{count}{form[1]}", self.data, self.at - size)
+
+
+def read_header(path: Path) -> Header:
+    """The header of the GGUF file `path`. Raises RequestError when the file is not a whole GGUF file."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return parse(data)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    except (struct.error, ValueError, KeyError) as error:
+        raise RequestError(f"{path} is not a whole GGUF file ({error}); download it again") from error
+
+
+def parse(data: mmap.mmap) -> Header:
+    if data[:4] != MAGIC:
+        raise ValueError(f"it begins with {data[:4]!r}")
+    cursor = Cursor(data)
+    cursor.at = 4
+    version = cursor.scalar("<I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}; versions 2 and 3 are read")
+    num_tensors, num_values = cursor.scalar("<Q"), cursor.scalar("<Q")
+    metadata = {}
+    for _ in range(num_values):
+        key = cursor.text()
+        metadata[key] = cursor.value(cursor.scalar("<I"))
+    infos = [tensor_info(cursor) for _ in range(num_tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {}
+    for name, shape, kind, offset in infos:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise ValueError(f"tensor {name}: rows of {shape[-1]} in blocks of {block}")
+        num_bytes = prod(shape) // block * block_bytes
+        if start + offset + num_bytes > len(data):
+            raise ValueError(f"tensor {name} ends at byte {start + offset + num_bytes}, the file at {len(data)}")
+        if name in tensors:
+            raise ValueError(f"tensor {name} is there twice")
+        tensors[name] = TensorInfo(shape=shape, kind=kind, offset=start + offset, num_bytes=num_bytes)
+    return Header(metadata=metadata, tensors=tensors)
+
+
+def tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    """(name, shape, type, offset from the start of the data) of the next tensor; GGUF lists the last axis first."""
+    name = cursor.text()
+    num_dims = cursor.scalar("<I")
+    if not 1 <= num_dims <= MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name} of {num_dims} dimensions")
+    shape = tuple(reversed(cursor.scalars("<Q", num_dims)))
+    return name, shape, GGMLQuantizationType(cursor.scalar("<I")), cursor.scalar("<Q")

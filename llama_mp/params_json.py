@@ -1,0 +1,128 @@
+"""Meta's `params.json`, both ways: what its keys mean, and how a folder of ours explains itself.
+
+Meta's file leaves out the context length, the embedding axis and, in LLaMA 1 and 2, the vocabulary (-1). Folders that
+we write hold what is missing under one key of their own, which Meta's keys beside it do not contradict.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from llama_mp.config import ModelConfig, RopeScaling, config_from_mapping, load_size, size_names
+from llama_mp.errors import RequestError
+
+OWN_KEY = "llama_mp"
+REQUIRED = ("dim", "n_layers", "n_heads")
+USED = (*REQUIRED, "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size", "rope_theta")
+ROPE = ("use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor")
+# Say nothing about the weights: sizes of Meta's own buffers and run.
+WITHOUT_MEANING = ("max_batch_size", "max_seq_len", "model_parallel_size")
+UNKNOWN_VOCAB = 0  # in a ModelConfig: taken from the tensors when they are opened
+
+
+def read_params(path: Path) -> ModelConfig:
+    """The architecture that `path`, a params.json, states; named after the known size that it equals."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON ({error}); take params.json from the same download") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} is not a JSON object; take params.json from the same download")
+    check_keys(path, values)
+    own = values.get(OWN_KEY, {})
+    config = config_from_mapping(own | meta_fields(values, own) | {"name": own.get("name", path.parent.name)})
+    return config if own else complete_from_known(config, values)
+
+
+def check_keys(path: Path, values: dict[str, Any]) -> None:
+    """Raise RequestError for missing and unknown keys, and for values that are no numbers."""
+    missing = [key for key in REQUIRED if key not in values]
+    valid = {*USED, *ROPE, *WITHOUT_MEANING, OWN_KEY}
+    unknown = sorted(set(values) - valid)
+    if missing or unknown:
+        fault = f"lacks {', '.join(missing)}" if missing else f"has keys of another architecture: {', '.join(unknown)}"
+        raise RequestError(f"{path} {fault}; known keys: {', '.join(sorted(valid))}")
+    wrong = [key for key in USED if not isinstance(values.get(key, 0), int | float | None)]
+    if wrong:
+        raise RequestError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, but must be a number")
+
+
+def meta_fields(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """ModelConfig's fields from Meta's keys."""
+    given = {key: value for key, value in values.items() if value is not None}
+    vocab_size = given.get("vocab_size", -1)
+    fields = {
+        "dim": given["dim"],
+        "num_layers": given["n_layers"],
+        "num_heads": given["n_heads"],
+        "num_kv_heads": given.get("n_kv_heads", given["n_heads"]),
+        "hidden_dim": own.get("hidden_dim")
+        or hidden_dim(given["dim"], given.get("multiple_of", 256), given.get("ffn_dim_multiplier")),
+        "vocab_size": vocab_size if vocab_size > 0 else UNKNOWN_VOCAB,
+        "norm_eps": given.get("norm_eps", 1e-5),
+        "rope_theta": float(given.get("rope_theta", 10000.0)),
+    }
+    if given.get("use_scaled_rope") and "rope_scaling" not in own:
+        fields["rope_scaling"] = {
+            "factor": given.get("rope_scaling_factor", 8.0),
+            "high_freq_factor": given.get("rope_high_freq_factor", 4.0),
+        }
+    return fields
+
+
+def hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Width of the feed-forward network: 2/3 of 4 x dim, times `multiplier`, up to a multiple (Meta's model.py)."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def complete_from_known(config: ModelConfig, values: dict[str, Any]) -> ModelConfig:
+    """`config` with the name, context length and rope scaling of the model in configs/ that it equals, if any.
+
+    LLaMA 1 and Llama 2 of one size have the same params.json: the first, with the shorter context, is taken."""
+    equal = [known for known in map(load_size, size_names()) if not differences(config, known)]
+    if not equal:
+        return config
+    known = min(equal, key=lambda k: k.context_length)
+    scaling = config.rope_scaling
+    if scaling and "rope_scaling_factor" not in values:
+        scaling = known.rope_scaling or scaling
+    return replace(
+        config, name=known.name, context_length=known.context_length, native_mp=known.native_mp, rope_scaling=scaling
+    )
+
+
+def differences(config: ModelConfig, known: ModelConfig) -> list[str]:
+    """The fields in which two architectures differ, as texts `field a, not b`; an unknown vocabulary differs from none."""
+    names = ["dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "rope_theta"]
+    if config.vocab_size != UNKNOWN_VOCAB:
+        names.append("vocab_size")
+    pairs = [(name, getattr(config, name), getattr(known, name)) for name in names]
+    return [f"{name} {a}, not {b}" for name, a, b in pairs if a != b]
+
+
+def params_of(config: ModelConfig, *, embedding_axis: int) -> dict[str, Any]:
+    """The params.json of a Meta folder of `config`: Meta's keys, and under our own all that they cannot say.
+
+    Meta's loader multiplies out the feed-forward width from multiple_of 1 and a multiplier made to give it."""
+    own = asdict(replace(config, embedding_axis=embedding_axis))
+    base = int(2 * (4 * config.dim) / 3)
+    params = {
+        "dim": config.dim,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "multiple_of": 1,
+        "ffn_dim_multiplier": (config.hidden_dim + 0.5) / base,  # int() of the product is exact in the middle
+        "norm_eps": config.norm_eps,
+        "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_theta,
+    }
+    if isinstance(config.rope_scaling, RopeScaling):
+        params["use_scaled_rope"] = True
+    return params | {OWN_KEY: own}
