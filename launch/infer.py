@@ -1,0 +1,60 @@
+"""Answer prompts with a LLaMA model, over any number of ranks.
+
+    torchrun --nproc_per_node 8 launch/infer.py --size 65B
+    python launch/infer.py --mp 2 --chat --prompt "What is the capital of France?"
+    python launch/infer.py --prompts_file prompts.jsonl --output answers.jsonl
+"""
+
+import os
+import sys
+
+from llama_mp import cli
+from llama_mp.batch import Batch, InferFlags
+from llama_mp.launcher import check_ranks, launch, must_launch
+from llama_mp.layout import check_degree
+from llama_mp.locate import Checkpoint, locate
+
+
+def main(flags: InferFlags) -> int:
+    ranks = check_ranks(flags.mp)
+    checkpoint = locate(flags)
+    check_degree(checkpoint.config, ranks, embedding_axis=0)
+    if must_launch(ranks):
+        if not flags.reads_standard_input:
+            with Batch.open(flags, checkpoint) as batch:  # refuse, or find nothing to do, before any rank starts
+                if not batch.answers:
+                    return nothing_left(flags)
+        return launch(ranks)
+    if os.environ.get("RANK", "0") != "0":
+        return run(flags, checkpoint, None)
+    with Batch.open(flags, checkpoint) as batch:
+        return run(flags, checkpoint, batch)
+
+
+def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
+    """One rank's part; rank 0 has the batch."""
+    from llama_mp.llm import LLM
+    from llama_mp.parallel import connect
+
+    world = connect(flags)
+    if not world.tell(batch and len(batch.answers)):
+        world.close()
+        return nothing_left(flags) if world.is_leader else 0
+    with LLM.of_checkpoint(flags, checkpoint, world, codec=batch and batch.codec) as llm:
+        if batch is None:
+            llm.follow()
+        else:
+            batch.show(llm.stream(batch.answers))
+        summary = llm.summary()
+        if world.is_leader:
+            print(summary, file=sys.stderr)
+    return 0
+
+
+def nothing_left(flags: InferFlags) -> int:
+    print(f"{flags.output}: all prompts are finished already", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(InferFlags, main, summary=__doc__)

@@ -1,0 +1,139 @@
+"""The text side of a request: a prompt becomes ids, ids become text that can be shown, and in the end a record."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_mp.chat_format import render_chat
+from llama_mp.config import ModelConfig
+from llama_mp.errors import RequestError
+from llama_mp.gguf_header import read_header
+from llama_mp.locate import Checkpoint
+from llama_mp.prompts import Prompt
+from llama_mp.request import Request
+from llama_mp.tokenizer import TextStream, Tokenizer, load_tokenizer, tokenizer_from_gguf
+
+
+class Answer:
+    """One prompt's request and the text that it has become so far.
+
+    `text` holds what may be shown: never half a character, and nothing that may turn out to begin a stop text."""
+
+    def __init__(self, prompt: Prompt, request: Request, tokenizer: Tokenizer, error: str | None = None) -> None:
+        self.prompt, self.request, self.error = prompt, request, error
+        self.text = ""
+        self.held_back = ""
+        self.num_read = 0
+        self.stream = TextStream(tokenizer)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.request.finish_reason is not None
+
+    def advance(self) -> str:
+        """Read the request's new tokens; the text that they add. A stop text ends the request."""
+        shown = len(self.text)
+        for token in self.request.tokens[self.num_read :]:
+            self.take(self.stream.push(token))
+        self.num_read = len(self.request.tokens)
+        if self.is_finished:
+            self.take(self.stream.flush())
+            self.text, self.held_back = self.text + self.held_back, ""
+        return self.text[shown:]
+
+    def take(self, piece: str) -> None:
+        """Add `piece`, up to a stop text; hold back an end that may be the beginning of one."""
+        pending = self.held_back + piece
+        stops = self.request.sampling.stop
+        found = [pending.find(stop) for stop in stops if stop in pending]
+        if found:
+            pending = pending[: min(found)]
+            self.request.finish_reason = "stop"
+        keep = 0 if found else longest_beginning(pending, stops)
+        self.text += pending[: len(pending) - keep]
+        self.held_back = pending[len(pending) - keep :]
+
+    def record(self) -> dict[str, Any]:
+        """The JSON object of a finished request, as the commands' contract has it."""
+        request, sampling = self.request, self.request.sampling
+        prompt = prompt_text(self.prompt)
+        record = {
+            "id": request.id,
+            "prompt": prompt,
+            "completion": (prompt if sampling.echo else "") + self.text,
+            "tokens": request.tokens,
+            "logprobs": request.logprobs if sampling.logprobs else None,
+            "prompt_logprobs": request.prompt_logprobs if sampling.prompt_logprobs else None,
+            "finish_reason": request.finish_reason,
+        }
+        if self.error:
+            record["error"] = self.error
+        return record | {"prompt_tokens": len(request.prompt), "completion_tokens": len(request.tokens)}
+
+
+def longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """The length of the longest end of `text` that begins one of `stops`."""
+    lengths = range(min(len(text), max(map(len, stops), default=0)), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """What the user wrote: the text, or a conversation's last message."""
+    return prompt.text if prompt.text is not None else prompt.messages[-1]["content"]
+
+
+class Codec:
+    """A checkpoint's tokenizer and chat template: makes answers of prompts. Rank 0 alone needs one."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.tokenizer, self.template = read_tokenizer(checkpoint.tokenizer)
+        self.config: ModelConfig = checkpoint.config
+        known = self.config.vocab_size
+        if known and self.tokenizer.vocab_size > known:
+            raise RequestError(
+                f"the tokenizer {checkpoint.tokenizer} has {self.tokenizer.vocab_size} ids, the model "
+                f"{self.config.name} {known}: give the model's own with --tokenizer"
+            )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of `prompt`. Raises RequestError for one without tokens, or a chat without template."""
+        if prompt.messages is not None:
+            return render_chat(self.template, prompt.messages, self.tokenizer)
+        ids = self.tokenizer.encode(prompt.text, bos=self.tokenizer.adds_bos)
+        if not ids:
+            raise RequestError("the prompt is empty, and this model's tokenizer begins no text by itself: write one")
+        return ids
+
+    def answer(self, prompt: Prompt, max_seq_len: int | None) -> Answer:
+        """The answer that begins with `prompt`. One that cannot be served is finished, with an error."""
+        error, ids = None, []
+        try:
+            ids = self.encode(prompt)
+            self.check_length(ids, max_seq_len)
+        except RequestError as refused:
+            error = str(refused)
+        request = Request(id=prompt.id, prompt=ids, sampling=prompt.sampling, finish_reason="error" if error else None)
+        return Answer(prompt, request, self.tokenizer, error)
+
+    def check_length(self, ids: Sequence[int], max_seq_len: int | None) -> None:
+        """Raise RequestError unless the prompt leaves room for a token."""
+        limit = max_seq_len or self.config.context_length
+        if len(ids) >= limit:
+            whose = "--max_seq_len is" if max_seq_len else f"the context of {self.config.name} is"
+            raise RequestError(f"the prompt has {len(ids)} tokens, and {whose} {limit}: shorten the prompt")
+
+
+def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer and the chat template in `path`: a GGUF file holds both, any other file a tokenizer alone."""
+    if path.suffix != ".gguf":
+        return load_tokenizer(path), None
+    metadata = read_header(path).metadata
+    return tokenizer_from_gguf(metadata), metadata.get("tokenizer.chat_template")
+
+
+def needed_length(answers: Sequence[Answer], config: ModelConfig, max_seq_len: int | None) -> int:
+    """Positions that a row of the cache needs for the longest of `answers`, within the model's context."""
+    if max_seq_len:
+        return max_seq_len
+    wanted = (len(a.request.prompt) + a.request.sampling.max_gen_len for a in answers if not a.is_finished)
+    return min(max(wanted, default=1), config.context_length)

@@ -1,0 +1,145 @@
+"""The prompts of one infer run, and where their answers go: standard output, or a file that a rerun continues."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llama_mp.answer import Answer, Codec, prompt_text
+from llama_mp.config import RunConfig, SamplingConfig, flag
+from llama_mp.errors import RequestError
+from llama_mp.locate import Checkpoint
+from llama_mp.output import Output, fingerprint
+from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt, read_prompts_file, read_standard_input
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferFlags(RunConfig, SamplingConfig):
+    prompt: str | None = flag(None, "one prompt; its answer streams to standard output")
+    prompts_file: Path | None = flag(None, "prompts: .txt, one a line, or .jsonl with id, prompt or messages, any flag")
+    chat: bool = flag(False, "apply the model's chat template to --prompt or to standard input")
+    output: Path | None = flag(None, "write one JSON object per prompt to this .jsonl file; a rerun continues it")
+    mp: int | None = flag(None, "start this many ranks on this machine; default: torchrun's, or 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.prompts_file is not None:
+            raise RequestError("--prompt and --prompts_file are both given: drop one")
+        if self.chat and self.prompts_file is not None:
+            raise RequestError("--chat with --prompts_file: a prompts file says so itself, by messages in place of prompt")
+
+    @property
+    def reads_standard_input(self) -> bool:
+        return self.prompt is None and self.prompts_file is None
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """What an infer run has to answer: `answers` is without what an earlier run has finished."""
+
+    answers: list[Answer]
+    num_prompts: int
+    codec: Codec
+    output: Output | None
+
+    @classmethod
+    @contextmanager
+    def open(cls, flags: InferFlags, checkpoint: Checkpoint) -> Iterator["Batch"]:
+        """The batch of a request, its output locked while it is open. Raises RequestError before anything is changed."""
+        codec = Codec(checkpoint)
+        prompts = read_prompts(flags)
+        if flags.output is None:
+            yield cls(answers=answers_to(prompts, codec, flags), num_prompts=len(prompts), codec=codec, output=None)
+            return
+        answers = answers_to(prompts, codec, flags)
+        with Output(flags.output, identity(flags, checkpoint, prompts)) as output:
+            left = [answer for answer in answers if answer.request.id not in output.done]
+            yield cls(answers=left, num_prompts=len(prompts), codec=codec, output=output)
+
+    def show(self, stream: Iterator[tuple[Answer, str]]) -> None:
+        """Take the answers as they come and put them where they belong."""
+        if self.output is not None:
+            self.write(stream)
+        elif self.num_prompts == 1:
+            print_one(self.answers[0], stream)
+        else:
+            print_in_order(self.answers, stream)
+
+    def write(self, stream: Iterable[tuple[Answer, str]]) -> None:
+        """One record per answer, as each finishes."""
+        done = self.num_prompts - len(self.answers)
+        if done:
+            print(f"{self.output.path}: {done} of {self.num_prompts} prompts are finished already", file=sys.stderr)
+        with tqdm(total=self.num_prompts, initial=done, unit=" prompts", disable=not sys.stderr.isatty()) as progress:
+            for answer in finished(self.answers, stream):
+                self.output.write(answer.record())
+                progress.update()
+
+
+def finished(answers: Iterable[Answer], stream: Iterable[tuple[Answer, str]]) -> Iterator[Answer]:
+    """Each answer once it is finished: first those that cannot be served."""
+    yield from (answer for answer in answers if answer.error)
+    yield from (answer for answer, _ in stream if answer.is_finished)
+
+
+def read_prompts(flags: InferFlags) -> list[Prompt]:
+    """--prompt, --prompts_file, standard input when it is a pipe, or the built-in prompts."""
+    sampling = SamplingConfig(**{f.name: getattr(flags, f.name) for f in fields(SamplingConfig)})
+    if flags.prompts_file is not None:
+        prompts, num_blank = read_prompts_file(flags.prompts_file, sampling)
+        if num_blank:
+            print(f"{flags.prompts_file}: {num_blank} blank lines left out", file=sys.stderr)
+        return prompts
+    text = flags.prompt if flags.prompt is not None else read_standard_input()
+    texts = BUILT_IN_PROMPTS if text is None else (text,)
+    return [one_prompt(str(i), text, flags.chat, sampling) for i, text in enumerate(texts)]
+
+
+def one_prompt(id: str, text: str, chat: bool, sampling: SamplingConfig) -> Prompt:
+    if chat:
+        return Prompt(id=id, messages=({"role": "user", "content": text},), sampling=sampling)
+    return Prompt(id=id, text=text, sampling=sampling)
+
+
+def answers_to(prompts: list[Prompt], codec: Codec, flags: InferFlags) -> list[Answer]:
+    """An answer for each prompt. In a file, one that cannot be served has an error; alone, it is the request's."""
+    answers = [codec.answer(prompt, flags.max_seq_len) for prompt in prompts]
+    if flags.prompts_file is None and answers[0].error:
+        raise RequestError(answers[0].error)
+    return answers
+
+
+def identity(flags: InferFlags, checkpoint: Checkpoint, prompts: list[Prompt]) -> dict[str, Any]:
+    """The fingerprint of a run: what changes its results, and nothing else."""
+    names = [f.name for f in fields(SamplingConfig)] + ["dtype", "chat", "max_seq_len"]
+    stats = {file.name: file.stat() for file in (*checkpoint.files, checkpoint.tokenizer)}
+    model = {
+        "checkpoint": str(checkpoint.path.resolve()),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "config": asdict(checkpoint.config),
+    }
+    return fingerprint(model=model, flags={name: getattr(flags, name) for name in names}, prompts=prompts)
+
+
+def print_one(answer: Answer, stream: Iterable[tuple[Answer, str]]) -> None:
+    """Text as it comes."""
+    if answer.request.sampling.echo:
+        print(prompt_text(answer.prompt), end="", flush=True)
+    for _, piece in stream:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def print_in_order(answers: list[Answer], stream: Iterable[tuple[Answer, str]]) -> None:
+    """Each prompt with its answer, in the order of the prompts, as soon as all before it are finished."""
+    left = iter(answers)
+    upcoming = next(left, None)
+    for _ in finished(answers, stream):
+        while upcoming is not None and upcoming.is_finished:
+            text = f"[not answered: {upcoming.error}]" if upcoming.error else upcoming.text.strip()
+            print(f"> {prompt_text(upcoming.prompt)}\n{text}\n", flush=True)
+            upcoming = next(left, None)

@@ -1,0 +1,191 @@
+"""A model ready to answer, on one rank or many: the same object for scripts, notebooks and the launch files."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llama_mp.answer import Answer, Codec, needed_length
+from llama_mp.cache import KVCache
+from llama_mp.checkpoint.load import load_shards, open_source
+from llama_mp.config import RunConfig, SamplingConfig, size_names
+from llama_mp.engine import Engine, Stats
+from llama_mp.layout import check_degree, fuse, shards
+from llama_mp.locate import Checkpoint, locate
+from llama_mp.memory import kv_cache_bytes, padding_share
+from llama_mp.model import Transformer, build, fill
+from llama_mp.parallel import DTYPE_NAMES, World, choose_dtype, connect, peak_memory_bytes
+from llama_mp.prompts import Prompt
+from llama_mp.runner import Leader, Runner, follow
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What loading cost, on all ranks."""
+
+    seconds: float
+    bytes_read: int
+    weight_bytes: int
+
+
+class LLM:
+    """`LLM("smollm2-135m").generate(["..."])`: one process is MP = 1; under torchrun every rank makes the same calls.
+
+    `model` is a size of configs/ or a checkpoint's path; `flags` are those of RunConfig. Only one LLM at a time can be
+    open in a process; `close` it, or use it as a context manager."""
+
+    def __init__(self, model: str | Path | None = None, **flags: Any) -> None:
+        if model is not None:
+            is_size = str(model).lower() in {name.lower() for name in size_names()}
+            flags |= {"size": str(model)} if is_size or not Path(model).exists() else {"ckpt_dir": Path(model)}
+        run = RunConfig(**flags)
+        checkpoint = locate(run)
+        self.open(run, checkpoint, connect(run))
+
+    @classmethod
+    def of_checkpoint(cls, run: RunConfig, checkpoint: Checkpoint, world: World, *, codec: Codec | None) -> "LLM":
+        """The model of a located checkpoint in a world that is connected; `codec` on rank 0, None on the others."""
+        llm = cls.__new__(cls)
+        llm.open(run, checkpoint, world, codec)
+        return llm
+
+    def open(self, run: RunConfig, checkpoint: Checkpoint, world: World, codec: Codec | None = None) -> None:
+        """Load this rank's weights. Fails on all ranks or on none."""
+        self.run, self.checkpoint, self.world = run, checkpoint, world
+        start = time.perf_counter()
+        with self.world.together():
+            check_degree(checkpoint.config, self.world.size, embedding_axis=0)
+            self.codec = codec or Codec(checkpoint) if self.world.is_leader else None
+            self.model, bytes_read = self.load()
+        weight_bytes = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
+        totals = self.world.gather([bytes_read, weight_bytes])
+        self.loaded = Loaded(
+            seconds=time.perf_counter() - start,
+            bytes_read=sum(read for read, _ in totals),
+            weight_bytes=sum(held for _, held in totals),
+        )
+        self.stats = Stats()
+
+    def load(self) -> tuple[Transformer, int]:
+        """This rank's model, and the bytes read for it."""
+        source = open_source(self.checkpoint)
+        self.config, world = source.config, self.world
+        self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
+        model = build(self.config, world.size)
+        wanted = fuse(shards(self.config, world.rank, world.size))
+        parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)
+        shown = tqdm(parameters, "loading", len(wanted), leave=False, disable=not self.shows_progress, unit=" tensors")
+        fill(model, dict(shown))
+        padding = padding_share(self.config, world.size)
+        if world.is_leader and padding > 0:
+            self.say(f"{self.config.name} over {world.size} ranks: padding and repeated KV heads add {padding:.1%} to the weights")
+        return model, source.bytes_read
+
+    # ---- generation --------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[str | Messages], **sampling: Any) -> list[dict[str, Any]]:
+        """One result per prompt, a text or a chat's messages, in order: the objects of infer's --output, on every rank.
+
+        `sampling` are the flags of SamplingConfig. Raises RequestError for a wrong one. A prompt that cannot be served
+        has finish_reason "error"."""
+        config = SamplingConfig().override(sampling)
+        requests = [
+            Prompt(id=str(i), text=p, sampling=config) if isinstance(p, str) else Prompt(id=str(i), messages=tuple(p), sampling=config)
+            for i, p in enumerate(prompts)
+        ]
+        if not self.world.is_leader:
+            self.follow()
+            return self.world.tell(None)
+        answers = [self.codec.answer(prompt, self.run.max_seq_len) for prompt in requests]
+        for _ in self.stream(answers):
+            pass
+        return self.world.tell([answer.record() for answer in answers])
+
+    def stream(self, answers: Sequence[Answer]) -> Iterator[tuple[Answer, str]]:
+        """Rank 0: compute `answers`; each time one gains text or ends, it and the text gained. The others `follow`."""
+        max_seq_len = needed_length(answers, self.config, self.run.max_seq_len)
+        waiting = {answer.request: answer for answer in answers if not answer.is_finished}
+        num_slots = max(1, min(self.run.max_batch_size, len(waiting)))
+        leader = Leader(self.prepare(self.world.tell([num_slots, max_seq_len])), self.world)
+        engine = Engine(leader, eos_ids=self.codec.tokenizer.eos_ids)
+        self.stats = engine.stats
+        for request in waiting:
+            engine.submit(request)
+        try:
+            while engine.has_work:
+                for request in engine.step():
+                    yield waiting[request], waiting[request].advance()
+        except GeneratorExit:  # the caller has had enough; after any other error the ranks are not in step
+            leader.stop()
+            raise
+        leader.stop()
+
+    def follow(self) -> None:
+        """Every rank but 0: take part in one `stream`."""
+        follow(self.prepare(self.world.tell(None)))
+
+    def prepare(self, shape: Sequence[int]) -> Runner:
+        """A runner over a cache of (slots, positions) `shape`."""
+        num_slots, max_seq_len = shape
+        with self.world.together():
+            cache = KVCache.allocate(
+                self.config,
+                self.world.size,
+                num_slots=num_slots,
+                max_seq_len=max_seq_len,
+                dtype=self.dtype,
+                device=self.world.device,
+            )
+            return Runner(self.config, self.model, cache)
+
+    # ---- around it ---------------------------------------------------------------------------------------------
+
+    @property
+    def shows_progress(self) -> bool:
+        return self.world.is_leader and sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the other ranks, all of them together, and free the weights."""
+        self.model = None
+        self.world.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def summary(self) -> str:
+        """The end line of a run. Every rank calls it; rates and bytes are sums over the ranks, memory is the largest."""
+        stats, loaded = self.stats, self.loaded
+        peak = max(self.world.gather(peak_memory_bytes(self.world.device)))
+        parts = [f"loaded {loaded.bytes_read / 1e9:.2f} GB in {loaded.seconds:.1f} s ({loaded.bytes_read / loaded.seconds / 1e9:.2f} GB/s)"]
+        if stats.first_token_s is not None:
+            parts.append(f"TTFT {stats.first_token_s:.3f} s")
+        if stats.decode_steps:
+            read = self.decode_bytes()
+            parts.append(f"{stats.decoded_tokens / stats.decode_s:.1f} tokens/s")
+            parts.append(f"{read / stats.decode_s / 1e9:.1f} GB/s")
+        return "; ".join([*parts, f"peak memory {peak / 1e9:.2f} GB per rank"])
+
+    def decode_bytes(self) -> int:
+        """Bytes that the decode steps had to read, over all ranks: the weights once a step, and the cache in use."""
+        embedding = self.model.tok_embeddings.weight  # a lookup reads a row of it, tied embeddings the whole as output
+        untied = 0 if self.config.tied_embeddings else embedding.numel() * embedding.element_size() * self.world.size
+        kv = kv_cache_bytes(self.config, self.world.size, DTYPE_NAMES[self.dtype], batch_size=1, seq_len=1) * self.world.size
+        return self.stats.decode_steps * (self.loaded.weight_bytes - untied) + self.stats.decode_positions * kv
+
+
+def unique_parameters(model: Transformer) -> list[Any]:
+    """The parameters by storage: tied embeddings once."""
+    return list({p.data_ptr(): p for p in model.parameters()}.values())

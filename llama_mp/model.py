@@ -1,0 +1,195 @@
+"""The LLaMA transformer on fairscale's parallel layers, one rank's part of it.
+
+Shape suffixes: B rows, T tokens of a row, N = B x T tokens, H query heads, K KV heads, G = H / K, D head dimension,
+L positions attended, C model dimension, F hidden dimension, V vocabulary; H, K, F and V are this rank's share.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import nn
+
+from llama_mp.cache import KVCache
+from llama_mp.config import ModelConfig
+from llama_mp.layout import heads_per_rank, padded
+from llama_mp.parallel import reduce
+from llama_mp.rope import rotate
+
+
+class WithoutWeights(nn.Module):
+    """fairscale's constructors allocate with `torch.Tensor`, which heeds no device: parameters become shapes without
+    data on their way in, before anything touches their memory. Weights assigned later stay what they are."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and name not in self._parameters:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        super().register_parameter(name, param)
+
+
+class ColumnLinear(WithoutWeights, ColumnParallelLinear):
+    """fairscale's layer with its output left split, without the autograd wrappers of training."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False, gather_output=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class RowLinear(WithoutWeights, RowParallelLinear):
+    """fairscale's layer on an input that is split already; the sum over the ranks is the output."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False, input_is_parallel=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return reduce(F.linear(x, self.weight))
+
+
+class Embedding(WithoutWeights, VocabParallelEmbedding):
+    """fairscale's layer, its rows of other ranks masked without asking the device which they are."""
+
+    def forward(self, tokens_N: torch.Tensor) -> torch.Tensor:
+        if self.num_embeddings_per_partition == self.num_embeddings:
+            return F.embedding(tokens_N, self.weight)
+        local_N = tokens_N - self.vocab_start_index
+        elsewhere_N = (local_N < 0) | (local_N >= self.num_embeddings_per_partition)
+        x_NC = F.embedding(local_N.masked_fill(elsewhere_N, 0), self.weight)
+        return reduce(x_NC.masked_fill(elsewhere_N.unsqueeze(-1), 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where the N tokens of one forward pass stand: in the batch, in the cache, in their texts."""
+
+    batch_size: int
+    slots_N: torch.Tensor
+    positions_N: torch.Tensor
+    rotations_N1d: torch.Tensor
+    attended_slots: slice  # the slots of the B rows
+    length: int  # positions attended
+    mask: torch.Tensor | None  # what each token may see, broadcast to [B, H, T, L]; None: everything
+    is_causal: bool = False  # T = L: each token sees itself and those before
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalization (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, mp: int) -> None:
+        super().__init__()
+        self.num_kv_heads, self.num_heads = heads_per_rank(config, mp)
+        self.head_dim = config.head_dim
+        num_fused = self.num_heads + 2 * self.num_kv_heads
+        self.wqkv = ColumnLinear(config.dim, mp * num_fused * config.head_dim)
+        self.wo = RowLinear(mp * self.num_heads * config.head_dim, config.dim)
+
+    def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """`keys`, `values`: this layer's cache [slots, positions, K, D]; the tokens' own are written first."""
+        heads_NHD = self.wqkv(x_NC).unflatten(-1, (-1, self.head_dim))
+        qk_NHD, v_NKD = heads_NHD.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        q_NHD, k_NKD = rotate(qk_NHD, step.rotations_N1d).split([self.num_heads, self.num_kv_heads], dim=1)
+        keys[step.slots_N, step.positions_N] = k_NKD
+        values[step.slots_N, step.positions_N] = v_NKD
+        k_BKLD = keys[step.attended_slots, : step.length].transpose(1, 2)
+        v_BKLD = values[step.attended_slots, : step.length].transpose(1, 2)
+        if len(x_NC) == step.batch_size:
+            y_NHD = self.attend_one(q_NHD, k_BKLD, v_BKLD, step)
+        else:
+            y_NHD = self.attend_many(q_NHD, k_BKLD, v_BKLD, step)
+        return self.wo(y_NHD.flatten(1))
+
+    def attend_one(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
+        """One token a row: the G query heads that share a KV head stand where a sequence would, so that none of the
+        cache is copied."""
+        q_BKGD = q_NHD.unflatten(1, (self.num_kv_heads, -1))
+        y_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=step.mask)
+        return y_BKGD.flatten(1, 2)
+
+    def attend_many(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
+        """T tokens a row: keys and values repeated for each query head, which every kernel of torch accepts."""
+        group = self.num_heads // self.num_kv_heads
+        q_BHTD = q_NHD.unflatten(0, (step.batch_size, -1)).transpose(1, 2)
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BKLD.repeat_interleave(group, dim=1),
+            v_BKLD.repeat_interleave(group, dim=1),
+            attn_mask=step.mask,
+            is_causal=step.is_causal,
+        )
+        return y_BHTD.transpose(1, 2).flatten(0, 1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x), the gate w1 and the up projection w3 in one matrix."""
+
+    def __init__(self, config: ModelConfig, mp: int) -> None:
+        super().__init__()
+        hidden_dim = padded(config.hidden_dim, mp)
+        self.w13 = ColumnLinear(config.dim, 2 * hidden_dim)
+        self.w2 = RowLinear(hidden_dim, config.dim)
+
+    def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
+        gate_NF, up_NF = self.w13(x_NC).chunk(2, dim=-1)
+        return self.w2(F.silu(gate_NF) * up_NF)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, mp: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, mp)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config, mp)
+
+    def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        x_NC = x_NC + self.attention(self.attention_norm(x_NC), step, keys, values)
+        return x_NC + self.feed_forward(self.ffn_norm(x_NC))
+
+
+class Transformer(nn.Module):
+    """Built on the meta device; the parameters come from `load_shards` by assignment."""
+
+    def __init__(self, config: ModelConfig, mp: int) -> None:
+        super().__init__()
+        vocab_size = padded(config.vocab_size, mp)
+        self.tok_embeddings = Embedding(vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, mp) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = ColumnLinear(config.dim, vocab_size)
+
+    def forward(self, tokens_N: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
+        """Hidden states [N, C] before the last norm."""
+        x_NC = self.tok_embeddings(tokens_N)
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x_NC = layer(x_NC, step, keys, values)
+        return x_NC
+
+    def logits(self, x_NC: torch.Tensor) -> torch.Tensor:
+        """This rank's part [N, V] of the logits."""
+        return self.output(self.norm(x_NC))
+
+
+def build(config: ModelConfig, mp: int) -> Transformer:
+    """The rank's model without weights."""
+    with torch.device("meta"):
+        return Transformer(config, mp).eval().requires_grad_(False)
+
+
+def fill(model: Transformer, parameters: dict[str, torch.Tensor]) -> None:
+    """Give `model` its weights, every one of them. Tied embeddings serve as the output matrix too."""
+    parameters = {"output.weight": parameters["tok_embeddings.weight"], **parameters}
+    model.load_state_dict(parameters, strict=True, assign=True)
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not left, f"{len(left)} parameters without weights: {left[:3]}"

@@ -1,0 +1,137 @@
+"""One rank's steps, and how rank 0 makes all ranks take the same one at the same time.
+
+N tokens, B rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+
+from llama_mp.cache import KVCache
+from llama_mp.config import ModelConfig
+from llama_mp.model import Step, Transformer
+from llama_mp.parallel import World, gather_columns
+from llama_mp.rope import rotation_table
+
+PREFILL_CHUNK = 512  # tokens of a prompt in one pass: enough for full speed, little enough for flat memory
+SCORED_CHUNK = 64  # the same where logits of each token are wanted: chunk x vocabulary in fp32
+
+
+class Runner:
+    """Runs the model over a cache. Every rank makes the same calls in the same order."""
+
+    def __init__(self, config: ModelConfig, model: Transformer, cache: KVCache) -> None:
+        self.config, self.model, self.cache = config, model, cache
+        self.device = model.norm.weight.device
+        self.rotations = rotation_table(config, cache.max_seq_len, self.device).unsqueeze(1)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor | None:
+        """Append `tokens` to `slot`, whose first `start` positions are filled.
+
+        Returns on rank 0 the logits after the last token, [1, V], or after each of them, [N, V]."""
+        length = start + len(tokens)
+        positions_N = torch.arange(start, length, device=self.device)
+        sees_all = len(tokens) == 1 or start == 0  # with is_causal in the second case
+        mask = None if sees_all else torch.arange(length, device=self.device) <= positions_N.unsqueeze(1)
+        step = Step(
+            batch_size=1,
+            slots_N=torch.full_like(positions_N, slot),
+            positions_N=positions_N,
+            rotations_N1d=self.rotations[start:length],
+            attended_slots=slice(slot, slot + 1),
+            length=length,
+            mask=mask,
+            is_causal=start == 0 and len(tokens) > 1,
+        )
+        x_NC = self.model(torch.tensor(tokens, device=self.device), step, self.cache)
+        return self.logits(x_NC if all_logits else x_NC[-1:])
+
+    @torch.inference_mode()
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor | None:
+        """One token for each of the slots 0 .. B - 1, at the row's own position. Returns logits [B, V] on rank 0."""
+        positions_N = torch.tensor(positions, device=self.device)
+        length = max(positions) + 1
+        mask = None
+        if min(positions) + 1 < length:
+            mask = (torch.arange(length, device=self.device) <= positions_N.unsqueeze(1))[:, None, None]
+        step = Step(
+            batch_size=len(tokens),
+            slots_N=torch.arange(len(tokens), device=self.device),
+            positions_N=positions_N,
+            rotations_N1d=self.rotations[positions_N],
+            attended_slots=slice(0, len(tokens)),
+            length=length,
+            mask=mask,
+        )
+        return self.logits(self.model(torch.tensor(tokens, device=self.device), step, self.cache))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold what slot `source` holds in its first `length` positions."""
+        self.cache.move(source, target, length)
+
+    def logits(self, x_NC: torch.Tensor) -> torch.Tensor | None:
+        logits_NV = gather_columns(self.model.logits(x_NC))
+        return None if logits_NV is None else logits_NV[:, : self.config.vocab_size]  # padding is never sampled
+
+
+class Op(IntEnum):
+    STOP, PREFILL, DECODE, MOVE = range(4)
+
+
+class Leader:
+    """Rank 0's runner: each call is told to the followers, who make the same one.
+
+    A message is int64 on the control channel: operation, count, three arguments, then the tokens and positions."""
+
+    def __init__(self, runner: Runner, world: World) -> None:
+        self.runner, self.world = runner, world
+        self.cache = runner.cache
+
+    def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
+        self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), tokens)
+        return self.runner.prefill(tokens, slot=slot, start=start, all_logits=all_logits)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        self.tell(Op.DECODE, len(tokens), (0, 0, 0), [*tokens, *positions])
+        return self.runner.decode(tokens, positions)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self.tell(Op.MOVE, 0, (source, target, length), ())
+        self.runner.move(source, target, length)
+
+    def stop(self) -> None:
+        """End the followers' loop."""
+        self.tell(Op.STOP, 0, (0, 0, 0), ())
+
+    def tell(self, op: Op, count: int, arguments: tuple[int, int, int], values: Sequence[int]) -> None:
+        if self.world.size > 1:
+            message = blank_message(self.cache)
+            message[: 5 + len(values)] = torch.tensor([op, count, *arguments, *values])
+            dist.broadcast(message, src=0)
+
+
+def follow(runner: Runner) -> None:
+    """Take rank 0's steps until it says stop."""
+    message = blank_message(runner.cache)
+    while True:
+        dist.broadcast(message, src=0)
+        op, count, *arguments = message[:5].tolist()
+        values = message[5:]
+        if op == Op.PREFILL:
+            slot, start, all_logits = arguments
+            runner.prefill(values[:count].tolist(), slot=slot, start=start, all_logits=bool(all_logits))
+        elif op == Op.DECODE:
+            runner.decode(values[:count].tolist(), values[count : 2 * count].tolist())
+        elif op == Op.MOVE:
+            runner.move(*arguments)
+        else:
+            assert op == Op.STOP, f"operation {op}"
+            return
+
+
+def blank_message(cache: KVCache) -> torch.Tensor:
+    """Room for the longest message, so that one broadcast of a size known to all carries each."""
+    return torch.zeros(5 + max(PREFILL_CHUNK, 2 * cache.num_slots), dtype=torch.int64)

@@ -1,0 +1,299 @@
+"""Runs a chat template, a jinja2 program that came with the weights from anybody, on a budget of work.
+
+jinja2's sandbox keeps a template from the machine's files; it does not keep it from the machine's memory and
+time. Here every loop step, every call and every character or element made is paid for, before or as it is made.
+Whatever a template must not have (a name, a method, a filter) is absent from a list of what it may.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.filters import FILTERS, do_indent
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from llama_mp.errors import RequestError
+
+MAX_TEMPLATE_CHARS = 2**18
+STEP = OUTPUT_CHAR = 10  # units of work; a character or an element made is 1
+METER = " meter"  # a variable with a space in its name: no template can spell it
+
+# What chat templates use, without what makes long values from short ones (center, ljust, format, lipsum, ...).
+CONSTANT_TIME_FILTERS = frozenset({"count", "d", "default", "first", "last", "length", "safe"})
+LIST_FILTERS = frozenset({"items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"})
+TEXT_FILTERS = frozenset(
+    "abs capitalize dictsort e escape float int lower max min sort string sum title trim unique upper".split()
+)
+METHODS: dict[type, frozenset[str]] = {
+    str: frozenset(
+        "capitalize count endswith find index isalnum isalpha isdigit islower isspace isupper join lower lstrip "
+        "partition removeprefix removesuffix replace rfind rpartition rsplit rstrip split splitlines startswith "
+        "strip title upper".split()
+    ),
+    dict: frozenset({"get", "items", "keys", "values"}),
+    list: frozenset({"count", "index"}),
+    tuple: frozenset({"count", "index"}),
+    int: frozenset(),
+    float: frozenset(),
+}
+
+
+def render(template: str, variables: Mapping[str, Any], budget: int) -> str:
+    """The text of `template`, made with at most `budget` units of work; any failure of it is a RequestError."""
+    try:
+        return compile_template(template).render({**variables, METER: Meter(budget)})
+    except Refusal as error:
+        raise RequestError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from error
+    except OverBudget as error:
+        reason = "it loops without end, or makes a text much longer than the conversation"
+        raise RequestError(f"the chat template was stopped: {reason}; drop --chat and give a plain prompt") from error
+    except TemplateSyntaxError as error:
+        reason = f"has a fault in line {error.lineno}: {error.message}"
+        raise RequestError(f"the chat template {reason}; drop --chat and give a plain prompt") from error
+    except Exception as error:  # the template is a program of somebody else's: it may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}"[:500].split())
+        raise RequestError(f"the chat template failed ({reason}); drop --chat and give a plain prompt") from error
+
+
+@lru_cache(maxsize=4)
+def compile_template(source: str) -> Template:
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise SecurityError(f"it is {len(source)} characters long, above {MAX_TEMPLATE_CHARS}")
+    environment = MeteredEnvironment()
+    tree = Metering().visit(environment.parse(source)).set_environment(environment)
+    return environment.template_class.from_code(environment, environment.compile(tree), environment.make_globals(None))
+
+
+class Refusal(TemplateError):
+    """The template called raise_exception."""
+
+
+class OverBudget(Exception):
+    """Not one of the exceptions that jinja2's own filters catch (TypeError, ValueError, LookupError)."""
+
+
+class Meter:
+    """What is left of one rendering's budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+
+    def spend(self, units: int) -> None:
+        self.left -= units
+        if self.left < 0:
+            raise OverBudget
+
+    def pay(self, value: Any, as_text: bool = False) -> int:
+        """Spend the units that `value` is worth, and return them.
+
+        A text: its characters; anything else: its elements at every depth, and `as_text` their characters.
+        """
+        if isinstance(value, str):
+            as_text = True
+        before, stack = self.left, [value]
+        while stack:
+            item = stack.pop()
+            self.spend(1)
+            if isinstance(item, range) or (as_text and isinstance(item, str)):
+                self.spend(len(item))
+            elif isinstance(item, int):
+                self.spend(item.bit_length() // 8)
+            elif isinstance(item, Mapping):
+                stack += [*item.keys(), *item.values()]
+            elif isinstance(item, Collection) and not isinstance(item, str):
+                stack += item
+        return before - self.left
+
+    def each(self, items: Iterable[Any], as_text: bool = False) -> Iterator[Any]:
+        for item in items:
+            self.spend(STEP)
+            self.pay(item, as_text)
+            yield item
+
+
+@pass_context
+def paid(context: Context, value: Any, as_text: bool = False) -> Any:
+    """`value`, paid for: at once, or item by item when it is still being made."""
+    if isinstance(value, Iterator):
+        return context[METER].each(value, as_text)
+    context[METER].pay(value, as_text)
+    return value
+
+
+@pass_context
+def steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
+    return context[METER].each(values)
+
+
+@pass_context
+def paid_output(context: Context, value: Any) -> Any:
+    context[METER].spend((OUTPUT_CHAR - 1) * context[METER].pay(value, as_text=True))
+    return value
+
+
+@pass_context
+def join(context: Context, values: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
+    if attribute is not None:
+        values = [context.environment.getitem(value, attribute) for value in values]
+    texts = [str(value) for value in context[METER].each(values, as_text=True)]
+    context[METER].spend(len(texts) * len(separator))
+    return separator.join(texts)
+
+
+@pass_context
+def replace(context: Context, text: Any, old: Any, new: Any, count: int = -1) -> str:
+    text, old, new = (str(paid(context, part, as_text=True)) for part in (text, old, new))
+    context[METER].spend(text.count(old) * len(new))
+    return text.replace(old, new, count)
+
+
+@pass_context
+def indent(context: Context, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    context[METER].spend((text.count("\n") + 1) * (width if isinstance(width, int) else len(width)))
+    return do_indent(text, width, first, blank)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """As Hugging Face's: no HTML escapes; `separators` and `sort_keys` besides."""
+    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
+        raise SecurityError("tojson: an indent from 0 to 16 is allowed")
+    if options.keys() - {"separators", "sort_keys"}:
+        raise SecurityError("tojson takes ensure_ascii, indent, separators and sort_keys")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def raise_exception(message: str) -> None:
+    raise Refusal(str(message)[:500])
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+class OpaqueNamespace(Namespace):
+    """A namespace whose text does not show what it holds, which nobody has paid for as a text."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+class GenerationTag(Extension):
+    """{% generation %} marks the assistant's words for training; here its body is simply text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class MeteredEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox of Hugging Face's chat templates, with a Meter in the variables of each rendering."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        # optimized=False: no constant is computed while compiling, before there is a meter.
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            finalize=paid_output,
+            extensions=["jinja2.ext.loopcontrols", GenerationTag],
+        )
+        harmless = CONSTANT_TIME_FILTERS | LIST_FILTERS | TEXT_FILTERS
+        own = {"indent": indent, "join": join, "replace": replace, "tojson": to_json, "paid": paid, "steps": steps}
+        self.filters = {name: FILTERS[name] for name in harmless} | own
+        functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        self.globals = {"range": self.globals["range"], "dict": dict, "namespace": OpaqueNamespace} | functions
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        listed = next((names for kind, names in METHODS.items() if isinstance(obj, kind)), None)
+        return super().is_safe_attribute(obj, attr, value) and (listed is None or attr in listed)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """jinja2 would let str.format pass with its own formatter, which accepts any field width."""
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        meter = context[METER]
+        if operator == "%" and isinstance(left, str):
+            raise SecurityError("formatting with % is not allowed; ~ joins texts")
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            meter.spend(left.bit_length() * max(right, 0))
+        if operator == "*":
+            for values, count in ((left, right), (right, left)):
+                if isinstance(values, str | list | tuple) and isinstance(count, int):
+                    meter.spend(meter.pay(values) * max(count, 0))
+        return paid(context, super().call_binop(context, operator, left, right))
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(function, "__self__", None)
+        context[METER].spend(STEP)
+        context[METER].pay([owner, *kwargs.values()])
+        args = tuple(paid(context, argument) for argument in args)
+        if isinstance(owner, str):
+            context[METER].pay(owner)
+            if function.__name__ == "join":
+                return join(context, *args, separator=owner)
+            if function.__name__ == "replace":
+                return replace(context, owner, *args)
+        return paid(context, super().call(context, function, *args, **kwargs))
+
+
+class Metering(NodeTransformer):
+    """Rewrites a template's syntax tree so that what is made or read without a call passes through `paid`."""
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
+        return nodes.Const(node.data, lineno=node.lineno)  # `finalize` sees constants, but not template data
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = filtered(node.iter, "steps")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        node.nodes = [filtered(part, "paid", as_text=True) for part in node.nodes]
+        return node
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
+        self.generic_visit(node)
+        # node.node is None in a {% filter %} block, whose body was paid for as it was made.
+        if node.node is not None and node.name not in CONSTANT_TIME_FILTERS:
+            node.node = filtered(node.node, "paid", as_text=node.name not in LIST_FILTERS)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = filtered(node.expr, "paid", as_text=True)
+        for operand in node.ops:
+            operand.expr = filtered(operand.expr, "paid", as_text=True)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = filtered(node.node, "paid")
+        return node
+
+    def visit_literal(self, node: nodes.Literal) -> nodes.Node:
+        self.generic_visit(node)
+        is_target = isinstance(node, nodes.Tuple) and node.ctx != "load"
+        return node if is_target else filtered(node, "paid")
+
+    visit_List = visit_Tuple = visit_Dict = visit_literal
+
+
+def filtered(node: nodes.Expr, name: str, as_text: bool = False) -> nodes.Filter:
+    """The expression `node|name`."""
+    options = [nodes.Const(True)] if as_text else []
+    return nodes.Filter(node, name, options, [], None, None, lineno=node.lineno)
