@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, needed_length
@@ -14,6 +15,7 @@ from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.engine import Engine, Stats
+from llama_mp.kernels import load_library
 from llama_mp.layout import check_degree, fuse, shards
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.memory import kv_cache_bytes, padding_share
@@ -77,6 +79,8 @@ class LLM:
         source = open_source(self.checkpoint)
         self.config, world = source.config, self.world
         self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
+        if world.device.type == "cpu" and self.dtype is torch.bfloat16:
+            load_library()  # built now, if it must be, and not during the first step
         model = build(self.config, world.size)
         wanted = fuse(shards(self.config, world.rank, world.size))
         parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)
@@ -84,7 +88,8 @@ class LLM:
         fill(model, dict(shown))
         padding = padding_share(self.config, world.size)
         if world.is_leader and padding > 0:
-            self.say(f"{self.config.name} over {world.size} ranks: padding and repeated KV heads add {padding:.1%} to the weights")
+            cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
+            self.say(f"{self.config.name} over {world.size} ranks: {cost}")
         return model, source.bytes_read
 
     # ---- generation --------------------------------------------------------------------------------------------
@@ -95,14 +100,10 @@ class LLM:
         `sampling` are the flags of SamplingConfig. Raises RequestError for a wrong one. A prompt that cannot be served
         has finish_reason "error"."""
         config = SamplingConfig().override(sampling)
-        requests = [
-            Prompt(id=str(i), text=p, sampling=config) if isinstance(p, str) else Prompt(id=str(i), messages=tuple(p), sampling=config)
-            for i, p in enumerate(prompts)
-        ]
         if not self.world.is_leader:
             self.follow()
             return self.world.tell(None)
-        answers = [self.codec.answer(prompt, self.run.max_seq_len) for prompt in requests]
+        answers = [self.codec.answer(as_prompt(i, p, config), self.run.max_seq_len) for i, p in enumerate(prompts)]
         for _ in self.stream(answers):
             pass
         return self.world.tell([answer.record() for answer in answers])
@@ -166,10 +167,11 @@ class LLM:
             self.close()
 
     def summary(self) -> str:
-        """The end line of a run. Every rank calls it; rates and bytes are sums over the ranks, memory is the largest."""
+        """The end line of a run. Every rank calls it; rates and bytes are sums over the ranks, memory the largest."""
         stats, loaded = self.stats, self.loaded
         peak = max(self.world.gather(peak_memory_bytes(self.world.device)))
-        parts = [f"loaded {loaded.bytes_read / 1e9:.2f} GB in {loaded.seconds:.1f} s ({loaded.bytes_read / loaded.seconds / 1e9:.2f} GB/s)"]
+        load_rate = loaded.bytes_read / loaded.seconds
+        parts = [f"loaded {loaded.bytes_read / 1e9:.2f} GB in {loaded.seconds:.1f} s ({load_rate / 1e9:.2f} GB/s)"]
         if stats.first_token_s is not None:
             parts.append(f"TTFT {stats.first_token_s:.3f} s")
         if stats.decode_steps:
@@ -182,8 +184,16 @@ class LLM:
         """Bytes that the decode steps had to read, over all ranks: the weights once a step, and the cache in use."""
         embedding = self.model.tok_embeddings.weight  # a lookup reads a row of it, tied embeddings the whole as output
         untied = 0 if self.config.tied_embeddings else embedding.numel() * embedding.element_size() * self.world.size
-        kv = kv_cache_bytes(self.config, self.world.size, DTYPE_NAMES[self.dtype], batch_size=1, seq_len=1) * self.world.size
-        return self.stats.decode_steps * (self.loaded.weight_bytes - untied) + self.stats.decode_positions * kv
+        mp, dtype = self.world.size, DTYPE_NAMES[self.dtype]
+        position = mp * kv_cache_bytes(self.config, mp, dtype, batch_size=1, seq_len=1)
+        return self.stats.decode_steps * (self.loaded.weight_bytes - untied) + self.stats.decode_positions * position
+
+
+def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> Prompt:
+    """`prompt` as infer would read it from a file; its id, which the randomness hangs on, is its index."""
+    if isinstance(prompt, str):
+        return Prompt(id=str(index), text=prompt, sampling=sampling)
+    return Prompt(id=str(index), messages=tuple(prompt), sampling=sampling)
 
 
 def unique_parameters(model: Transformer) -> list[Any]:

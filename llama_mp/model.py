@@ -13,6 +13,7 @@ from torch import nn
 
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig
+from llama_mp.kernels import linear
 from llama_mp.layout import heads_per_rank, padded
 from llama_mp.parallel import reduce
 from llama_mp.rope import rotate
@@ -35,7 +36,7 @@ class ColumnLinear(WithoutWeights, ColumnParallelLinear):
         super().__init__(in_features, out_features, bias=False, gather_output=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class RowLinear(WithoutWeights, RowParallelLinear):
@@ -45,7 +46,7 @@ class RowLinear(WithoutWeights, RowParallelLinear):
         super().__init__(in_features, out_features, bias=False, input_is_parallel=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce(F.linear(x, self.weight))
+        return reduce(linear(x, self.weight))
 
 
 class Embedding(WithoutWeights, VocabParallelEmbedding):
