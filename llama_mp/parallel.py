@@ -28,6 +28,16 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+class Alone(dist.ProcessGroup):
+    """The group of one rank: no collective is ever called on it, so it has none. gloo would listen on four ports."""
+
+    def getBackendName(self) -> str:
+        return "alone"
+
+
+dist.Backend.register_backend("alone", lambda store, rank, size, timeout: Alone(rank, size), devices=["cpu", "cuda"])
+
+
 @dataclass(kw_only=True)
 class World:
     """The ranks of one run; this process is `rank` of `size` and computes on `device`."""
@@ -78,7 +88,8 @@ class World:
             raise failure
         if failed:
             rank, (text, was_request) = failed[0]
-            raise (RequestError if was_request else RunError)(text if rank == 0 else f"rank {rank}: {text}") from failure
+            kind = RequestError if was_request else RunError
+            raise kind(text if rank == 0 else f"rank {rank}: {text}") from failure
 
     def close(self) -> None:
         """Leave the groups. A world that failed is not closed: its peers may be gone."""
@@ -96,13 +107,14 @@ def connect(run: RunConfig) -> World:
     timeout = timedelta(seconds=run.step_timeout)
     store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
     groups_store = dist.PrefixStore("groups", store)
-    dist.init_process_group("gloo", store=groups_store, rank=rank, world_size=size, timeout=timeout)
+    control = "alone" if size == 1 else "gloo"
+    dist.init_process_group(control, store=groups_store, rank=rank, world_size=size, timeout=timeout)
     world = World(rank=rank, size=size, local_size=local_size, device=torch.device("cpu"), store=store)
     if size > 1:
         errors.set_speaker(lambda: store.add("llama_mp/speaker", 1) == 1)
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
-    form_model_parallel_group(size, "nccl" if world.device.type == "cuda" else "gloo")
+    form_model_parallel_group(size, "nccl" if size > 1 and world.device.type == "cuda" else control)
     return world
 
 

@@ -19,7 +19,7 @@ def scaled_frequencies(config: ModelConfig) -> torch.Tensor:
 
 def scale(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Llama 3.1's scaling: wavelengths beyond the original context are stretched by `factor`, those well within it
-    stay, with a linear ramp in the number of turns between (The Llama 3 Herd of Models; llama-models' apply_scaling)."""
+    stay, with a linear ramp in the number of turns between (llama-models, apply_scaling)."""
     turns = scaling.original_context_length * frequencies / (2 * math.pi)
     kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)

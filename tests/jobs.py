@@ -1,0 +1,129 @@
+"""What the ranks of the pool run: a model loaded and asked, rank 0's findings as the result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
+from llama_mp.engine import Engine
+from llama_mp.layout import fuse, shards
+from llama_mp.llm import LLM
+from llama_mp.locate import locate
+from llama_mp.model import build
+from llama_mp.parallel import World, connect
+from llama_mp.request import Request
+from llama_mp.runner import Leader, follow
+
+
+@dataclass
+class Found:
+    logits: np.ndarray  # fp32 [prompt tokens, vocabulary]
+    tokens: list[int]  # greedy
+
+
+def load(world: World, path: Path, tokenizer: Path, **flags: Any) -> LLM:
+    run = RunConfig(ckpt_dir=path, tokenizer=tokenizer, **({"dtype": "fp32", "device": "cpu"} | flags))
+    return LLM.of_checkpoint(run, locate(run), world, codec=None)
+
+
+def ask(paths: list[Path], tokenizer: Path, prompt: list[int], num_tokens: int) -> list[Found] | None:
+    """The prompt's logits and the greedy tokens after it, from each checkpoint in turn, over the same ranks."""
+    world = connect(RunConfig(device="cpu"))
+    found = [ask_one(load(world, path, tokenizer), prompt, num_tokens) for path in paths]
+    world.close()
+    return found if world.is_leader else None
+
+
+def ask_one(llm: LLM, prompt: list[int], num_tokens: int) -> Found | None:
+    runner = llm.prepare([1, len(prompt) + num_tokens])
+    if not llm.world.is_leader:
+        return follow(runner)
+    leader = Leader(runner, llm.world)
+    logits = leader.prefill(prompt, slot=0, start=0, all_logits=True).float().numpy()
+    [request] = complete(leader, [prompt], [SamplingConfig(max_gen_len=num_tokens, temperature=0)])
+    leader.stop()
+    return Found(logits=logits, tokens=request.tokens)
+
+
+def complete(leader: Leader, prompts: list[list[int]], samplings: list[SamplingConfig]) -> list[Request]:
+    """The prompts run to their end by an engine that knows no end of sequence."""
+    engine = Engine(leader, eos_ids=frozenset())
+    pairs = enumerate(zip(prompts, samplings, strict=True))
+    requests = [Request(id=str(i), prompt=prompt, sampling=sampling) for i, (prompt, sampling) in pairs]
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        engine.step()
+    return requests
+
+
+def batch(
+    path: Path, tokenizer: Path, prompts: list[list[int]], samplings: list[SamplingConfig], num_slots: int
+) -> list[Request] | None:
+    """The prompts together over `num_slots` slots, then each of them alone: requests of both, in this order."""
+    world = connect(RunConfig(device="cpu"))
+    llm = load(world, path, tokenizer)
+    longest = max(len(p) + s.max_gen_len for p, s in zip(prompts, samplings, strict=True))
+    done: list[Request] = []
+    for chosen, slots in [(range(len(prompts)), num_slots), *(([i], 1) for i in range(len(prompts)))]:
+        runner = llm.prepare([slots, longest])
+        if not world.is_leader:
+            follow(runner)
+            continue
+        leader = Leader(runner, world)
+        requests = complete(leader, [prompts[i] for i in chosen], [samplings[i] for i in chosen])
+        leader.stop()
+        done += requests
+    world.close()
+    return done if world.is_leader else None
+
+
+def shapes_agree(config: ModelConfig) -> bool:
+    """Whether the model without weights has exactly the parameters of the layout; nothing of it is allocated."""
+    world = connect(RunConfig(device="cpu"))
+    model = build(config, world.size)
+    wanted = {name: shard.shape for name, shard in fuse(shards(config, world.rank, world.size)).items()}
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    all_meta = all(p.is_meta for p in model.parameters())
+    world.close()
+    return found == wanted and all_meta
+
+
+def prints_of_connect() -> tuple[str, int]:
+    """What joining the groups prints, and how many threads it leaves."""
+    import contextlib
+    import io
+
+    import torch
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        world = connect(RunConfig(device="cpu"))
+    threads = torch.get_num_threads()
+    world.close()
+    return printed.getvalue(), threads
+
+
+def messages(values: list[Any]) -> tuple[Any, list[Any]]:
+    """What `tell` and `gather` give on this rank."""
+    world = connect(RunConfig(device="cpu"))
+    told = world.tell(values if world.is_leader else None)
+    gathered = world.gather(values[world.rank % len(values)])
+    world.close()
+    return told, gathered
+
+
+def failing(rank_that_fails: int, error: Exception) -> str:
+    """The error that each rank sees when one fails in a step that all take together."""
+    world = connect(RunConfig(device="cpu"))
+    try:
+        with world.together():
+            if world.rank == rank_that_fails:
+                raise error
+    except Exception as seen:
+        return f"{type(seen).__name__}: {seen}"
+    finally:
+        world.close()
+    return "no error"
