@@ -6,19 +6,14 @@ only the ratio within a pair means much. Hugging Face runs its forward function 
 """
 
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from machine import environment, keep, memory_read_rate
 
 from llama_mp import cli
 from llama_mp.config import Flags, SamplingConfig, check_at_least, flag
@@ -26,8 +21,6 @@ from llama_mp.engine import Engine
 from llama_mp.llm import LLM
 from llama_mp.request import Request
 from llama_mp.runner import Leader
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +94,6 @@ def theirs(llm: LLM, prompt: list[int], flags: BenchFlags) -> Callable[[], float
     return run
 
 
-def memory_read_rate() -> float:
-    """Bytes per second at which torch's threads read 1 GiB, the best of 5: the sum leaves nothing but reading to do."""
-    block = torch.ones(2**28, dtype=torch.float32)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - start)
-    return block.numel() * block.element_size() / min(times)
-
-
 def report(flags: BenchFlags, rates: dict[str, list[float]], ceiling: float, weight_bytes: int) -> None:
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
     for name, values in rates.items():
@@ -121,32 +103,16 @@ def report(flags: BenchFlags, rates: dict[str, list[float]], ceiling: float, wei
             f"{median * weight_bytes / 1e9:.1f} GB/s of weights, {median / ceiling:.0%} of the ceiling"
         )
     print(f"ratio, median of {len(ratios)} pairs: {statistics.median(ratios):.2f}")
-    result = environment() | {
+    result = environment(transformers) | {
         "prompt_len": flags.prompt_len,
         "gen_len": flags.gen_len,
         "ceiling_tokens_per_s": round(ceiling, 1),
         "tokens_per_s": {name: [round(rate, 1) for rate in values] for name, values in rates.items()},
         "ratio": round(statistics.median(ratios), 2),
     }
-    line = json.dumps(result)
     if flags.save:
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / "decode.jsonl").open("a") as file:
-            file.write(line + "\n")
-    print(line)
-
-
-def environment() -> dict[str, Any]:
-    """Date, machine, versions and command: what a figure is worth nothing without."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
-    return {
-        "date": date.today().isoformat(),
-        "machine": f"{', '.join(sorted(models)) or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": " ".join(["python", *sys.argv]),
-    }
+        keep("decode", result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

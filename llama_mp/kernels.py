@@ -25,19 +25,20 @@ SOURCE = Path(__file__).with_name("kernels.c")
 # -shared without -lgomp: OpenMP's symbols come from the runtime that torch has loaded (see kernels.c).
 COMPILE = ["-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 COMPILE += ["-fassociative-math", "-fopenmp", "-c"]
-MAX_ROWS = 4  # from here on arithmetic counts, which torch's blocked kernels do better
+MAX_ROWS = 3  # from here on arithmetic counts, which torch's blocked kernels do better
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`F.linear(x, weight)` for x [N, in] and weight [out, in]."""
-    if x.dtype is not torch.bfloat16 or len(x) >= MAX_ROWS or x.device.type != "cpu":
-        return F.linear(x, weight)
-    library = load_library()
-    if library is None or weight.shape[1] % 2:
-        return F.linear(x, weight)
+    suits = x.dtype is torch.bfloat16 and len(x) < MAX_ROWS and x.device.type == "cpu" and weight.shape[1] % 2 == 0
+    return linear_bf16(x, weight) if suits and load_library() else F.linear(x, weight)
+
+
+def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`F.linear` by the compiled kernel: bf16 on the CPU, `weight` contiguous with an even number of columns."""
     x = x.contiguous()
     y = torch.empty(len(x), len(weight), dtype=torch.bfloat16)
-    if library.linear_bf16(weight.data_ptr(), x.data_ptr(), y.data_ptr(), len(x), *weight.shape):
+    if load_library().linear_bf16(weight.data_ptr(), x.data_ptr(), y.data_ptr(), len(x), *weight.shape):
         raise MemoryError("no memory for a copy of the activations")
     return y
 
