@@ -1,5 +1,6 @@
 """Answer prompts with a LLaMA model, over any number of ranks.
 
+Examples:
     torchrun --nproc_per_node 8 launch/infer.py --size 65B
     python launch/infer.py --mp 2 --chat --prompt "What is the capital of France?"
     python launch/infer.py --prompts_file prompts.jsonl --output answers.jsonl
@@ -28,6 +29,8 @@ def main(flags: InferFlags) -> int:
     if os.environ.get("RANK", "0") != "0":
         return run(flags, checkpoint, None)
     with Batch.open(flags, checkpoint) as batch:
+        if ranks == 1 and not batch.answers:  # several ranks learn it together, in `run`
+            return nothing_left(flags)
         return run(flags, checkpoint, batch)
 
 

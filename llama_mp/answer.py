@@ -24,6 +24,7 @@ class Answer:
         self.text = ""
         self.held_back = ""
         self.num_read = 0
+        self.met_stop = False
         self.stream = TextStream(tokenizer)
 
     @property
@@ -42,13 +43,15 @@ class Answer:
         return self.text[shown:]
 
     def take(self, piece: str) -> None:
-        """Add `piece`, up to a stop text; hold back an end that may be the beginning of one."""
+        """Add `piece`, up to a stop text and nothing after it; hold back an end that may be the beginning of one."""
+        if self.met_stop:
+            return
         pending = self.held_back + piece
         stops = self.request.sampling.stop
         found = [pending.find(stop) for stop in stops if stop in pending]
         if found:
             pending = pending[: min(found)]
-            self.request.finish_reason = "stop"
+            self.request.finish_reason, self.met_stop = "stop", True
         keep = 0 if found else longest_beginning(pending, stops)
         self.text += pending[: len(pending) - keep]
         self.held_back = pending[len(pending) - keep :]

@@ -1,6 +1,7 @@
 """The prompts of one infer run, and where their answers go: standard output, or a file that a rerun continues."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +31,9 @@ class InferFlags(RunConfig, SamplingConfig):
         if self.prompt is not None and self.prompts_file is not None:
             raise RequestError("--prompt and --prompts_file are both given: drop one")
         if self.chat and self.prompts_file is not None:
-            raise RequestError("--chat with --prompts_file: a prompts file says so itself, by messages in place of prompt")
+            raise RequestError(
+                "--chat with --prompts_file: a prompts file says so itself, by messages in place of prompt"
+            )
 
     @property
     def reads_standard_input(self) -> bool:
@@ -49,7 +52,7 @@ class Batch:
     @classmethod
     @contextmanager
     def open(cls, flags: InferFlags, checkpoint: Checkpoint) -> Iterator["Batch"]:
-        """The batch of a request, its output locked while it is open. Raises RequestError before anything is changed."""
+        """The batch of a request, its output locked while open. Raises RequestError before anything is changed."""
         codec = Codec(checkpoint)
         prompts = read_prompts(flags)
         if flags.output is None:
@@ -75,8 +78,12 @@ class Batch:
         if done:
             print(f"{self.output.path}: {done} of {self.num_prompts} prompts are finished already", file=sys.stderr)
         with tqdm(total=self.num_prompts, initial=done, unit=" prompts", disable=not sys.stderr.isatty()) as progress:
+            num_tokens, start = 0, time.perf_counter()
             for answer in finished(self.answers, stream):
                 self.output.write(answer.record())
+                num_tokens += len(answer.request.tokens)
+                rate = num_tokens / (time.perf_counter() - start)
+                progress.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
                 progress.update()
 
 
@@ -116,13 +123,19 @@ def answers_to(prompts: list[Prompt], codec: Codec, flags: InferFlags) -> list[A
 def identity(flags: InferFlags, checkpoint: Checkpoint, prompts: list[Prompt]) -> dict[str, Any]:
     """The fingerprint of a run: what changes its results, and nothing else."""
     names = [f.name for f in fields(SamplingConfig)] + ["dtype", "chat", "max_seq_len"]
-    stats = {file.name: file.stat() for file in (*checkpoint.files, checkpoint.tokenizer)}
     model = {
         "checkpoint": str(checkpoint.path.resolve()),
-        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "files": {file.name: version(file) for file in checkpoint.files},
+        "tokenizer": version(checkpoint.tokenizer),
         "config": asdict(checkpoint.config),
     }
     return fingerprint(model=model, flags={name: getattr(flags, name) for name in names}, prompts=prompts)
+
+
+def version(file: Path) -> list[int]:
+    """What changes when `file` is replaced."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def print_one(answer: Answer, stream: Iterable[tuple[Answer, str]]) -> None:

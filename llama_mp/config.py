@@ -14,6 +14,7 @@ from typing import Any, Literal
 from llama_mp.errors import RequestError, did_you_mean
 
 DEFAULT_SIZE = "smollm2-135m"
+MAX_LAYERS = 10_000  # far beyond any model: a damaged header must not make us list billions of tensors
 SIZE_ALIASES = {"30b": "33B"}  # the paper says 33B, Meta's download folder says 30B
 
 
@@ -25,6 +26,10 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context_length: int = 8192
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < float("inf") or not self.low_freq_factor < self.high_freq_factor:
+            raise RequestError(f"rope scaling {self}: factor must be at least 1, and low below high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +55,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "context_length"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"model {self.name}: {name} is {getattr(self, name)}, but must be at least 1")
+            self.check_whole(name, least=1)
+        self.check_whole("vocab_size", least=0)
+        self.check_whole("head_dim", least=0)
+        if self.num_layers > MAX_LAYERS:
+            raise RequestError(f"model {self.name}: num_layers is {self.num_layers}, more than any model has")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise RequestError(f"model {self.name}: {name} is {getattr(self, name)}, but must be above 0")
         if self.num_heads % self.num_kv_heads:
             raise RequestError(
                 f"model {self.name}: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -60,6 +71,15 @@ class ModelConfig:
             if self.dim % self.num_heads:
                 raise RequestError(f"model {self.name}: dim {self.dim} is not a multiple of num_heads {self.num_heads}")
             object.__setattr__(self, "head_dim", self.dim // self.num_heads)
+        if self.head_dim % 2:
+            raise RequestError(f"model {self.name}: head_dim {self.head_dim} is odd, but rotations take pairs")
+
+    def check_whole(self, name: str, *, least: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int:
+            raise RequestError(f"model {self.name}: {name} is {value!r}, but must be a whole number")
+        if value < least:
+            raise RequestError(f"model {self.name}: {name} is {value}, but must be at least {least}")
 
     @property
     def num_queries_per_kv(self) -> int:

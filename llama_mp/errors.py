@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 SPEAK_GRACE_S = 5.0
+LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started
 
 
 class RequestError(ValueError):
@@ -26,6 +27,10 @@ class RunError(RuntimeError):
     """A correct request that failed while it ran. Exit code 1."""
 
     exit_code = RUN_FAILED
+
+
+class LostContact(RunError):
+    """Another rank has died or fell silent in the middle of a step: a consequence, never the first cause."""
 
 
 def one_line(error: BaseException) -> str:
@@ -60,11 +65,14 @@ def set_speaker(may_speak: Callable[[], bool]) -> None:
 def report(error: BaseException) -> int:
     """Print `error: ...` on stderr if this rank is the one to speak, and return the exit code.
 
-    The other ranks wait a little: the first to exit makes torchrun end them all, the speaker's line unsaid."""
+    The other ranks wait a little: the first to exit makes torchrun end them all, the speaker's line unsaid. So does a
+    rank that only lost another, where our launcher knows the cause and is about to say it."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if os.environ.get("LLAMA_MP_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, LostContact) and LAUNCHED in os.environ:
+        time.sleep(SPEAK_GRACE_S)
     if _may_speak():
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     else:

@@ -18,6 +18,7 @@ from llama_mp.errors import RequestError
 MAGIC = b"GGUF"
 MAX_ARRAY_DEPTH = 4
 MAX_DIMENSIONS = 4
+MAX_NAME = 256  # characters of a key or a tensor's name: ggml stops at 64, keys in use are no longer
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 
@@ -55,6 +56,12 @@ class Cursor:
             raise ValueError(f"a text of {length} bytes")
         self.at += length
         return self.data[self.at - length : self.at].decode("utf-8", "surrogateescape")
+
+    def name(self) -> str:
+        name = self.text()
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(f"a name of {len(name)} characters, {name[:20]!r}")
+        return name
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in SCALARS:
@@ -100,10 +107,14 @@ def parse(data: mmap.mmap) -> Header:
     num_tensors, num_values = cursor.scalar("<Q"), cursor.scalar("<Q")
     metadata = {}
     for _ in range(num_values):
-        key = cursor.text()
+        key = cursor.name()
+        if key in metadata:
+            raise ValueError(f"metadata {key} is there twice")
         metadata[key] = cursor.value(cursor.scalar("<I"))
     infos = [tensor_info(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"an alignment of {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, shape, kind, offset in infos:
@@ -121,7 +132,7 @@ def parse(data: mmap.mmap) -> Header:
 
 def tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
     """(name, shape, type, offset from the start of the data) of the next tensor; GGUF lists the last axis first."""
-    name = cursor.text()
+    name = cursor.name()
     num_dims = cursor.scalar("<I")
     if not 1 <= num_dims <= MAX_DIMENSIONS:
         raise ValueError(f"tensor {name} of {num_dims} dimensions")

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from llama_mp.errors import BAD_REQUEST, INTERRUPTED, RUN_FAILED, RequestError, RunError
+from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError
 
 
 def check_ranks(mp: int | None) -> int:
@@ -31,9 +31,10 @@ def launch(ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, set here before it warns; see parallel.py
-    command = ["--standalone", f"--nproc_per_node={ranks}", *sys.argv]
+    os.environ[LAUNCHED] = "1"
+    logging.disable()  # all of it: torch's loggers have levels of their own, and this process does nothing else
+    arguments = [argument.replace("$", "$$") for argument in sys.argv]  # torchrun reads them as string.Template
+    command = ["--standalone", f"--nproc_per_node={ranks}", *arguments]
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError as error:

@@ -118,14 +118,13 @@ def shards(config: ModelConfig, rank: int, mp: int, *, embedding_axis: int = 0) 
     result = {}
     for name, shape in global_shapes(config).items():
         split = split_of(name, embedding_axis)
-        axis, (length, spans) = (0, (shape[0], [(Span(0, shape[0]), 0)])) if split is None else (split[0], runs[split[1]])
+        axis, slots = split or (0, None)
+        length, spans = runs[slots] if slots else (shape[0], [(Span(0, shape[0]), 0)])
         result[name] = shard_along(name, shape, axis, length, spans)
     return result
 
 
-def shard_along(
-    name: str, shape: tuple[int, ...], axis: int, length: int, spans: Sequence[tuple[Span, int]]
-) -> Shard:
+def shard_along(name: str, shape: tuple[int, ...], axis: int, length: int, spans: Sequence[tuple[Span, int]]) -> Shard:
     """`name` cut on `axis` to `length` slots, of which each (global span, offset) of `spans` fills some."""
     rows, cols = matrix_shape(shape)
     if axis == 0:
@@ -185,14 +184,10 @@ def query_slots(config: ModelConfig, rank: int, mp: int) -> list[int | None]:
     group = config.num_queries_per_kv
     _, num_queries = heads_per_rank(config, mp)
     if mp <= config.num_kv_heads:
-        return [
-            None if kv is None else kv * group + i for kv in kv_slots(config, rank, mp) for i in range(group)
-        ]
+        return [None if kv is None else kv * group + i for kv in kv_slots(config, rank, mp) for i in range(group)]
     [kv] = kv_slots(config, rank, mp)
     first = rank % -(-group // num_queries) * num_queries  # queries of this KV head that earlier copies serve
-    return [
-        None if kv is None or i >= group else kv * group + i for i in range(first, first + num_queries)
-    ]
+    return [None if kv is None or i >= group else kv * group + i for i in range(first, first + num_queries)]
 
 
 def head_runs(slots: Sequence[int | None], head_dim: int) -> tuple[int, list[tuple[Span, int]]]:
@@ -264,7 +259,7 @@ def cover(held: Sequence[Shard], rows: Span, cols: Span) -> list[tuple[int, Plac
     for rank, p in by_start:
         row_span = Span(max(p.rows.start, at[0]), min(p.rows.stop, rows.stop))
         col_span = Span(max(p.cols.start, at[1]), min(p.cols.stop, cols.stop))
-        if len(row_span) <= 0 or len(col_span) <= 0:
+        if row_span.start >= row_span.stop or col_span.start >= col_span.stop:
             continue
         at_row, at_col = p.row + row_span.start - p.rows.start, p.col + col_span.start - p.cols.start
         parts.append((rank, replace(p, rows=row_span, cols=col_span, row=at_row, col=at_col)))

@@ -120,7 +120,9 @@ class LLM:
             engine.submit(request)
         try:
             while engine.has_work:
-                for request in engine.step():
+                with self.world.in_step():
+                    moved = engine.step()
+                for request in moved:
                     yield waiting[request], waiting[request].advance()
         except GeneratorExit:  # the caller has had enough; after any other error the ranks are not in step
             leader.stop()
@@ -129,7 +131,9 @@ class LLM:
 
     def follow(self) -> None:
         """Every rank but 0: take part in one `stream`."""
-        follow(self.prepare(self.world.tell(None)))
+        runner = self.prepare(self.world.tell(None))
+        with self.world.in_step():
+            follow(runner)
 
     def prepare(self, shape: Sequence[int]) -> Runner:
         """A runner over a cache of (slots, positions) `shape`."""

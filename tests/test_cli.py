@@ -71,7 +71,25 @@ def refusal(*argv: str, flags_class: type = DishFlags) -> str:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "- milk", "# no", "a\nb", *"123 [1,2] True None 1e3 'q' {1:2} a=b - -1 -x é🦙".split()]
+    "text",
+    [
+        "",
+        "- milk",
+        "# no",
+        "a\nb",
+        "123",
+        "[1,2]",
+        "True",
+        "None",
+        "1e3",
+        "'q'",
+        "{1:2}",
+        "a=b",
+        "-",
+        "-1",
+        "-x",
+        "é🦙",
+    ],
 )
 def test_text_stays_text(text: str) -> None:
     assert dish("--prompt", text).prompt == text

@@ -23,6 +23,7 @@ WITH_TORCH = [
     "llama_mp.engine",
     "llama_mp.runner",
     "llama_mp.model",
+    "llama_mp.kernels",
     "llama_mp.cache",
     "llama_mp.parallel",
     "llama_mp.sampling",
@@ -34,9 +35,13 @@ WITH_TORCH = [
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
 ]
 WITHOUT_TORCH = [
+    "llama_mp.batch",
+    "llama_mp.answer",
+    "llama_mp.request",
+    "llama_mp.chat_format",
+    "llama_mp.template_sandbox",
     "llama_mp.tokenizer",
     "llama_mp.vocabulary",
-    "llama_mp.chat_format",
     "llama_mp.cli",
     "llama_mp.output",
     "llama_mp.prompts",

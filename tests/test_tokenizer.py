@@ -3,6 +3,7 @@ import io
 import json
 import random
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,22 +17,20 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
 from llama_mp.tokenizer import SENTINEL, TextStream, Tokenizer, load_tokenizer, tokenizer_from_gguf
-from llama_mp.vocabulary import BYTE_OF_LETTER, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from llama_mp.vocabulary import BYTE, BYTE_OF_LETTER, CONTROL, NORMAL, UNKNOWN
 
 SAMPLES = [
     "The quick brown fox jumps over the lazy dog.",
     "It's they're we'll I'D He'S",
     "def f(x):\n    return x**2  # square\n\n\tif a != b: {}",
-    "Zażółć gęślą jaźń",
-    "Съешь ещё этих мягких французских булок",
-    "敏捷的棕色狐狸跳过了懒狗。",
-    "いろはにほへと ちりぬるを",
-    "مرحبا بالعالم",
-    "हिन्दी में लिखा हुआ",
+    "Zażółć gęślą jaźń", "Съешь ещё этих мягких французских булок",
+    "敏捷的棕色狐狸跳过了懒狗。", "いろはにほへと ちりぬるを",
+    "مرحبا بالعالم", "हिन्दी में लिखा हुआ",
     "👩‍👩‍👧‍👦 🇫🇷 👍🏽 🤖",
     "3.14159 1,000,000 ½ ² Ⅷ ٣٤ 12345678901",
     "   leading", "trailing   ", "a  b   c    d", "\n\n\n", "\r\n\t \t", " ", "", "e\u0301 \u00a0 \u2003 \u200b",
-    "<s></s><unk><0x0A>", "<|im_start|>user\n<|im_end|><|endoftext|>", "x" * 300, "\x01\x02\x00\x7f\x85", "$$$ ^_^ ~~~ ||| +++ <<>>",
+    "<s></s><unk><0x0A>", "<|im_start|>user\n<|im_end|><|endoftext|>", "x" * 300, "\x01\x02\x00\x7f\x85",
+    "$$$ ^_^ ~~~ ||| +++ <<>>",
 ]  # fmt: skip
 
 
@@ -74,7 +73,7 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=900,
         byte_fallback=True,
         split_digits=True,
-        character_coverage=0.95,
+        character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
@@ -103,20 +102,6 @@ def gguf_of_sentencepiece(path: Path) -> dict:
     }
 
 
-def tiny_gpt2(**changes: object) -> dict:
-    """Byte-level metadata: the 256 bytes, two merges, three special tokens; `changes` by the end of the key."""
-    tokens = [*BYTE_OF_LETTER, "ab", "abc", "<|begin_of_text|>", "<|eot_id|>", "<|im_end|>", "Ġxyz", "a  b"]
-    types = [NORMAL] * 258 + [CONTROL, CONTROL, USER_DEFINED, NORMAL, USER_DEFINED]
-    short = {
-        "model": "gpt2",
-        "pre": "gpt-2",
-        "tokens": tokens,
-        "token_type": types,
-        "merges": ["a b", "ab c"],
-    } | changes
-    return {f"tokenizer.ggml.{key}": value for key, value in short.items() if value is not None}
-
-
 def test_sentencepiece_file_gives_the_library_s_ids(sentencepiece_file: Path, llama_file_tokenizer: Tokenizer) -> None:
     library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     for text in texts(300):
@@ -139,7 +124,6 @@ def test_gguf_llama_kind_equals_the_file_it_came_from(
         ids = llama_file_tokenizer.encode(text, bos=False)
         assert from_gguf.encode(text, bos=False) == ids
         assert from_gguf.decode(ids) == llama_file_tokenizer.decode(ids) == (" " + text if text else "")
-    assert vars(from_gguf).keys() == vars(llama_file_tokenizer).keys()
     assert from_gguf.special == llama_file_tokenizer.special == {"<s>": 1, "</s>": 2, "<|odd|>": 5, "[INST]": 3}
 
 
@@ -197,7 +181,7 @@ def merge_bytes(word: str, vocab: dict[str, int], ranks: dict[tuple[str, str], i
     parts = [letter_of_byte[byte] for byte in word.encode()]
     if whole_first and "".join(parts) in vocab:
         return [vocab["".join(parts)]]
-    while pairs := {pair: ranks[pair] for pair in zip(parts, parts[1:], strict=False) if pair in ranks}:
+    while pairs := {pair: ranks[pair] for pair in pairwise(parts) if pair in ranks}:
         best, merged, at = min(pairs, key=pairs.get), [], 0
         while at < len(parts):
             joined = tuple(parts[at : at + 2]) == best
@@ -240,26 +224,6 @@ def test_word_patterns_against_plain_byte_pair_encoding(smollm2_metadata: dict, 
         assert tokenizer.encode(text, bos=False) == expected, text
 
 
-def test_a_whole_word_in_the_vocabulary_goes_before_merges_in_llama3_only() -> None:
-    assert tokenizer_from_gguf(tiny_gpt2(pre="llama-bpe", bos_token_id=258)).encode(" xyz", bos=False) == [261]
-    assert len(tokenizer_from_gguf(tiny_gpt2()).encode(" xyz", bos=False)) == 4
-
-
-def test_bos_and_end_tokens_of_the_gpt2_kind() -> None:
-    llama3 = tokenizer_from_gguf(tiny_gpt2(pre="llama-bpe", bos_token_id=258, eos_token_id=257))
-    assert llama3.adds_bos and llama3.encode("ab", bos=True) == [258, 256]
-    assert llama3.eos_ids == {257, 259, 260}  # eos by its id; <|eot_id|> and the user-defined <|im_end|> by name
-    assert not tokenizer_from_gguf(tiny_gpt2(pre="llama-bpe", bos_token_id=258, add_bos_token=False)).adds_bos
-    plain = tokenizer_from_gguf(tiny_gpt2(eot_token_id=5))
-    assert (plain.bos_id, plain.bos_token, plain.adds_bos, plain.eos_ids) == (None, "", False, {5, 259, 260})
-
-
-def test_user_defined_tokens_of_the_gpt2_kind_stay_whole_and_literal() -> None:
-    tokenizer = tokenizer_from_gguf(tiny_gpt2())
-    assert tokenizer.encode("xa  bx", bos=False)[1] == 262
-    assert tokenizer.decode(tokenizer.encode("xa  bx", bos=False)) == "xa  bx"
-
-
 @pytest.mark.parametrize("name", ["smollm2", "llama_file_tokenizer"])
 def test_user_text_never_becomes_a_special_token(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
@@ -272,15 +236,6 @@ def test_user_text_never_becomes_a_special_token(name: str, request: pytest.Fixt
         assert not special_ids & set(protected[tokenizer.adds_bos :])
         visible = content.replace(SENTINEL, "")
         assert protected == tokenizer.encode(visible, bos=tokenizer.adds_bos)  # the sentinels leave no trace
-
-
-def test_overlapping_special_texts_are_all_broken() -> None:
-    tokens = [*BYTE_OF_LETTER, "<a>", "x<a>", "a>a", "|"]
-    types = [NORMAL] * 256 + [CONTROL] * 4
-    tokenizer = tokenizer_from_gguf(tiny_gpt2(tokens=tokens, token_type=types, merges=[]))
-    for content in ("x<a>", "<a>a>a>a", "||<a>|", "x<a>x<a>"):
-        assert not {256, 257, 258, 259} & set(tokenizer.encode_template(tokenizer.protect(content)))
-    assert tokenizer.encode_template("x<a>|" + tokenizer.protect(SENTINEL + "b"))[:2] == [257, 259]
 
 
 def test_template_has_bos_once(llama_file_tokenizer: Tokenizer, smollm2: Tokenizer) -> None:
@@ -301,15 +256,14 @@ def test_bytes_of_tokens(smollm2: Tokenizer, llama_file_tokenizer: Tokenizer) ->
     assert smollm2.decode([paris]) == " Paris"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_stream_pieces_joined_equal_decode(
     smollm2: Tokenizer, llama_file_tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
     for tokenizer in (smollm2, llama_file_tokenizer):
-        raw = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1][:300]
-        some_id = st.integers(0, tokenizer.vocab_size - 1) | st.sampled_from(raw)
-        ids = data.draw(st.lists(some_id, max_size=40))
+        # The first few hundred ids are the special tokens and most of the single bytes, halves of characters.
+        ids = data.draw(st.lists(st.integers(0, 300) | st.integers(0, tokenizer.vocab_size - 1), max_size=40))
         stream = TextStream(tokenizer)
         assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids)
 
@@ -330,69 +284,6 @@ def test_text_that_is_not_unicode_is_refused(smollm2: Tokenizer) -> None:
             encode("ab\udcff")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken format, not supported yet"),
-        (b"<!DOCTYPE html>\n<html>", "an HTML page"),
-        (b"\n\n<html><body>404", "an HTML page"),
-        (b'{"version": "1.0"}', "JSON, not supported yet"),
-        (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
-        (b"PK\x03\x04rest", "a zip archive"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
-        (b"", "an empty file"),
-        (b"\x00\x01\x02", "not a sentencepiece model"),
-        (b"\x12\x00", "no pieces"),
-    ],
-)
-def test_other_files_are_refused_by_what_they_are(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(content)
-    with pytest.raises(RequestError, match=message) as caught:
-        load_tokenizer(path)
-    assert str(path) in str(caught.value) and "sentencepiece tokenizer.model is needed" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_and_torn_files_are_refused(tmp_path: Path, sentencepiece_file: Path) -> None:
-    with pytest.raises(RequestError, match="no such file"):
-        load_tokenizer(tmp_path / "tokenizer.model")
-    with pytest.raises(RequestError, match="a folder"):
-        load_tokenizer(tmp_path)
-    torn = tmp_path / "torn.model"
-    torn.write_bytes(sentencepiece_file.read_bytes()[:-100])
-    with pytest.raises(RequestError, match="cut short"):
-        load_tokenizer(torn)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": None}, "holds no tokenizer"),
-        ({"model": "bert"}, "'bert', which is not supported; supported: llama, gpt2"),
-        ({"pre": "smolm"}, r"'smolm', which is not supported \(did you mean smollm\?\); supported: default, gpt-2"),
-        ({"merges": None}, "merges is missing"),
-        ({"merges": ["a b c"]}, "do not fit together"),
-        ({"merges": ["q q"]}, "do not fit together"),
-        ({"token_type": [1]}, "token_type has 1 entries, but there are 263 tokens"),
-        ({"tokens": ["a", "a"]}, "holds 1 tokens twice"),
-        ({"tokens": ["a", 5]}, "tokens is missing, or an array of the wrong type"),
-        ({"tokens": ["a", "\udc80"]}, "not UTF-8"),
-        ({"eos_token_id": 999}, "the id 999 of 263 tokens"),
-        ({"bos_token_id": "x"}, "the id 'x' of 263 tokens"),
-        ({"add_bos_token": True}, "no bos id"),
-        ({"model": "llama"}, "scores is missing"),
-        ({"model": "llama", "scores": [0.0] * 263, "bos_token_id": 258}, "sentencepiece refuses"),
-        ({"tokens": ["a", "b"], "token_type": [6, 1]}, "'a' is not written <0xNN>"),
-        ({"tokens": ["a", "b"], "token_type": [9, 1]}, "types"),
-    ],
-)
-def test_faulty_metadata_is_refused_in_one_line(changes: dict, message: str) -> None:
-    with pytest.raises(RequestError, match=message) as caught:
-        tokenizer_from_gguf(tiny_gpt2(**changes))
-    assert "\n" not in str(caught.value)
-
-
 def test_large_vocabularies_load_in_under_a_second(smollm2_metadata: dict, tmp_path: Path) -> None:
     rng = random.Random(2)
     words = sorted({"▁" * (i % 2) + "".join(rng.choices("abcdefghijklmnop", k=6)) for i in range(31000)})
@@ -401,7 +292,7 @@ def test_large_vocabularies_load_in_under_a_second(smollm2_metadata: dict, tmp_p
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
-        "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, CONTROL] + [6] * 256 + [NORMAL] * len(words),
+        "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(words),
     }
     for case in (smollm2_metadata, metadata):
         start = time.perf_counter()

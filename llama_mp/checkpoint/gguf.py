@@ -52,7 +52,7 @@ class GGUFSource:
         self.precision = narrowest({PLAIN[kind] for kind in kinds}) if kinds <= set(PLAIN) else "fp16"
         self.config = complete(checkpoint.config, self.tensors)
         if factors:
-            self.config = replace(self.config, rope_scaling=self.rope_scaling(self.raw(factors).view(np.float32)))
+            self.config = replace(self.config, rope_scaling=self.rope_scaling(factors))
         self.bytes_read = 0
 
     def names(self) -> list[str]:
@@ -88,17 +88,21 @@ class GGUFSource:
             return torch.from_numpy(dequantize(np.ascontiguousarray(blocks), info.kind))
         except NotImplementedError as error:
             raise RequestError(
-                f"{self.file}: {name} is quantized as {info.kind.name}, which cannot be read; use Q8_0, Q4_0, Q4_1 or a K-quant"
+                f"{self.file}: {name} is quantized as {info.kind.name}, which cannot be read; "
+                "use Q8_0, Q4_0, Q4_1 or a K-quant"
             ) from error
 
-    def rope_scaling(self, factors: np.ndarray) -> RopeScaling:
-        """The scaling whose divisors of the frequencies are `factors`; Llama 3's other constants are the defaults."""
-        scaling = RopeScaling(factor=float(factors.max()))
-        plain = scaled_frequencies(replace(self.config, rope_scaling=None))
-        expected = plain / scaled_frequencies(replace(self.config, rope_scaling=scaling))
-        if expected.shape != factors.shape or not np.allclose(expected.numpy(), factors, rtol=1e-3):
-            raise RequestError(f"{self.file}: {ROPE_FACTORS} is not the scaling of Llama 3, the only one supported")
-        return scaling
+    def rope_scaling(self, info: TensorInfo) -> RopeScaling:
+        """The scaling whose divisors of the frequencies `info` holds; Llama 3's other constants are the defaults."""
+        if info.kind == GGMLQuantizationType.F32 and info.shape == (self.config.head_dim // 2,):
+            factors = self.raw(info).view(np.float32)
+            if 1 <= factors.max() < np.inf:
+                scaling = RopeScaling(factor=float(factors.max()))
+                plain = scaled_frequencies(replace(self.config, rope_scaling=None))
+                expected = plain / scaled_frequencies(replace(self.config, rope_scaling=scaling))
+                if np.allclose(expected.numpy(), factors, rtol=1e-3):
+                    return scaling
+        raise RequestError(f"{self.file}: {ROPE_FACTORS} is not the scaling of Llama 3, the only one supported")
 
 
 def meta_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """Meta's folders: `consolidated.NN.pth`, one file per rank of the degree at which they were written."""
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,10 @@ from llama_mp.errors import RequestError
 from llama_mp.layout import Span, cover, global_shapes, matrix_shape, shards
 from llama_mp.locate import Checkpoint
 
+ZIP_MAGIC = b"PK\x03\x04"
+# What torch.load raises for files that are cut or altered.
+DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError)
+ONE_DOWNLOAD = "check that params.json and all shards come from one download"
 IGNORED = ("rope.freqs",)  # LLaMA 1 keeps its rotation frequencies in each shard; they follow from the config
 
 
@@ -61,13 +66,19 @@ class MetaSource:
         for file, tensors in zip(self.files, self.tensors, strict=True):
             differ = sorted(first ^ set(tensors))
             if differ:
-                raise RequestError(f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): not one model")
+                raise RequestError(
+                    f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): not one model"
+                )
 
     def match_layout(self, checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
         """The layout of every file, its shapes equal to the tensors'. Raises RequestError that lists the others."""
         mp = len(self.files)
         axis = self.config.embedding_axis
-        held = [shards(self.config, rank, mp, embedding_axis=axis) for rank in range(mp)]
+        hint = self.degree_hint()
+        try:
+            held = [shards(self.config, rank, mp, embedding_axis=axis) for rank in range(mp)]
+        except RequestError as error:  # no layout has so many shards
+            raise RequestError(f"{checkpoint.path}: {hint + ONE_DOWNLOAD if hint else error}") from error
         faults = [
             f"{file.name}: {name} has shape {tuple(tensor.shape)}, not {held[rank][name].shape}"
             for rank, file in enumerate(self.files)
@@ -75,8 +86,7 @@ class MetaSource:
             if name in held[rank] and tuple(tensor.shape) != held[rank][name].shape
         ]
         if faults:
-            remedy = f"{self.degree_hint()}check that params.json and all shards come from one download"
-            raise RequestError(f"{checkpoint.path} at MP {mp}: {listed(faults)}; {remedy}")
+            raise RequestError(f"{checkpoint.path} at MP {mp}: {listed(faults)}; {hint}{ONE_DOWNLOAD}")
         return held
 
     def degree_hint(self) -> str:
@@ -85,11 +95,22 @@ class MetaSource:
         if gate is None or not len(gate) or self.config.hidden_dim % len(gate):
             return ""
         degree = self.config.hidden_dim // len(gate)
-        return f"the tensors are those of {degree} shards, and {len(self.files)} are here: " if degree != len(self.files) else ""
+        return (
+            f"the tensors are those of {degree} shards, and {len(self.files)} are here: "
+            if degree != len(self.files)
+            else ""
+        )
 
 
 def open_shard(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, memory-mapped. Raises RequestError for a file that is not whole, or runs code."""
+    with file.open("rb") as opened:
+        head = opened.read(len(ZIP_MAGIC))
+    if head != ZIP_MAGIC:
+        raise RequestError(
+            f"{file} is no file of torch.save as of torch 1.6 or later (it begins with {head!r}): download it again, "
+            "or load an older file that you trust and save it anew"
+        )
     try:
         loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -97,23 +118,21 @@ def open_shard(file: Path) -> dict[str, torch.Tensor]:
             f"{file} would run code when loaded, or is no torch file: refused ({reason(error)}); "
             "get it from a source that you trust"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except DAMAGED as error:
         raise RequestError(f"{file} is not a whole torch file ({reason(error)}); copy it again") from error
     if not isinstance(loaded, dict):
         raise RequestError(f"{file} holds a {type(loaded).__name__}, not a dictionary of tensors: not a LLaMA shard")
-    strange = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise RequestError(f"{file}: {strange[0]} is not a tensor: not a LLaMA shard")
+    for name, value in loaded.items():
+        if not isinstance(value, torch.Tensor) or value.dim() not in (1, 2):
+            raise RequestError(f"{file}: {name} is neither a vector nor a matrix: not a LLaMA shard")
     return {name: tensor for name, tensor in loaded.items() if name not in IGNORED}
 
 
 def reason(error: Exception) -> str:
     """The first sentence of torch's message that says something about the file."""
     text = str(error)
-    for start in ("Unsupported global", "Unsupported operand", "Unsupported class"):
-        if start in text:
-            text = text[text.index(start) :]
-            break
+    culprit = re.search("unsupported (global|operand|class)", text, re.IGNORECASE)
+    text = text[culprit.start() :] if culprit else text
     return text.strip().split("\n")[0].split(". ")[0][:120]
 
 

@@ -27,7 +27,7 @@ class Source(Protocol):
         """The type in which `read` gives this tensor."""
 
     def read(self, name: str, rows: Span, cols: Span) -> torch.Tensor:
-        """The part rows x cols of a matrix, the part `rows` of a vector; possibly a view of the file: not to be written."""
+        """The part rows x cols of a matrix, the part `rows` of a vector. It may be a view of the file: do not write."""
 
 
 def check_tensors(checkpoint: Checkpoint, source: Source) -> None:
