@@ -1,0 +1,255 @@
+"""Where prompts come from and answers go: ways to ask, what makes two runs the same one, the order on stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from running import run
+
+from llama_mp.answer import Answer
+from llama_mp.batch import Batch, InferFlags, finished, identity, print_in_order, print_one, read_prompts
+from llama_mp.config import ModelConfig, SamplingConfig
+from llama_mp.errors import RequestError
+from llama_mp.locate import Checkpoint
+from llama_mp.output import Output
+from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt
+from llama_mp.request import Request
+
+CONFIG = ModelConfig(name="tiny", dim=8, num_layers=1, num_heads=1, num_kv_heads=1, hidden_dim=8, vocab_size=9)
+
+
+def texts(prompts: list[Prompt]) -> list[tuple[str, str | None]]:
+    return [(prompt.id, prompt.text) for prompt in prompts]
+
+
+# ---- where prompts come from -------------------------------------------------------------------------------------
+
+
+def test_one_prompt_and_its_sampling():
+    (prompt,) = read_prompts(InferFlags(prompt="Hi", seed=7, stop=("x",)))
+    assert (prompt.id, prompt.text, prompt.messages) == ("0", "Hi", None)
+    assert prompt.sampling == SamplingConfig(seed=7, stop=("x",))
+
+
+def test_chat_makes_a_conversation_of_the_prompt():
+    (prompt,) = read_prompts(InferFlags(prompt="Hi", chat=True))
+    assert (prompt.text, prompt.messages) == (None, ({"role": "user", "content": "Hi"},))
+
+
+def test_a_text_file_is_a_prompt_a_line(tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo\n")
+    assert texts(read_prompts(InferFlags(prompts_file=file))) == [("0", "one"), ("2", "two")]
+    assert capsys.readouterr().err == f"{file}: 1 blank lines left out\n"
+
+
+def test_a_line_of_a_jsonl_file_has_its_own_flags(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"id": "a", "prompt": "one", "seed": 3}, {"id": 2, "messages": [{"role": "user", "content": "two"}]}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = read_prompts(InferFlags(prompts_file=file, seed=5))
+    assert (first.id, first.text, first.sampling.seed) == ("a", "one", 3)
+    assert (second.id, second.messages[0]["content"], second.sampling.seed) == ("2", "two", 5)
+
+
+READ = """
+import json
+from llama_mp.batch import InferFlags, read_prompts
+print(json.dumps([prompt.text for prompt in read_prompts(InferFlags())]))
+"""
+
+
+def test_a_pipe_is_one_prompt():
+    done = run(sys.executable, "-c", READ, text="Say:\n caf\u00e9 \n")
+    assert json.loads(done.stdout) == ["Say:\n caf\u00e9 "]
+
+
+def test_a_file_as_standard_input_is_one_prompt(tmp_path):
+    (tmp_path / "prompt").write_text("Hello\n")
+    with open(tmp_path / "prompt") as file:
+        out = subprocess.run([sys.executable, "-c", READ], stdin=file, capture_output=True, timeout=60, check=True)
+    assert json.loads(out.stdout) == ["Hello"]
+
+
+def test_no_input_and_a_terminal_give_the_built_in_prompts():
+    assert json.loads(run(sys.executable, "-c", READ).stdout) == list(BUILT_IN_PROMPTS)
+    master, terminal = os.openpty()
+    out = subprocess.run([sys.executable, "-c", READ], stdin=terminal, capture_output=True, timeout=60, check=True)
+    os.close(master)
+    os.close(terminal)
+    assert json.loads(out.stdout) == list(BUILT_IN_PROMPTS)
+
+
+@pytest.mark.parametrize("other", [{"prompt": "Hi"}, {"chat": True}])
+def test_flags_that_exclude_a_prompts_file(other):
+    with pytest.raises(RequestError, match="--prompts_file"):
+        InferFlags(prompts_file=Path("p.txt"), **other)
+
+
+# ---- what makes two runs the same --------------------------------------------------------------------------------
+
+OTHER_SAMPLING = {
+    "max_gen_len": 9,
+    "temperature": 0.1,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.2,
+    "repetition_penalty": 1.5,
+    "seed": 2,
+    "stop": ("x",),
+    "logprobs": True,
+    "prompt_logprobs": True,
+    "echo": True,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Checkpoint:
+    files = tuple(tmp_path / name for name in ("consolidated.00.pth", "tokenizer.model"))
+    for file in files:
+        file.write_text("something")
+    return Checkpoint(path=tmp_path, kind="meta", files=files[:1], config=CONFIG, tokenizer=files[1])
+
+
+def identity_of(checkpoint: Checkpoint, **flags) -> dict:
+    made = InferFlags(**{"prompt": "Hi"} | flags)
+    return identity(made, checkpoint, read_prompts(made))
+
+
+def test_every_sampling_flag_changes_the_run(checkpoint):
+    assert OTHER_SAMPLING.keys() == {field.name for field in fields(SamplingConfig)}
+    base = identity_of(checkpoint)
+    for name, value in OTHER_SAMPLING.items():
+        assert identity_of(checkpoint, **{name: value}) != base, name
+
+
+@pytest.mark.parametrize("flags", [{"dtype": "fp32"}, {"chat": True}, {"max_seq_len": 99}, {"prompt": "Ho"}])
+def test_what_changes_results_changes_the_run(checkpoint, flags):
+    assert identity_of(checkpoint, **flags) != identity_of(checkpoint)
+
+
+def test_another_model_or_tokenizer_is_another_run(checkpoint, tmp_path):
+    base = identity_of(checkpoint)
+    for file in (*checkpoint.files, checkpoint.tokenizer):
+        file.write_text("something else")
+        assert identity_of(checkpoint) != base
+        base = identity_of(checkpoint)
+    assert identity_of(replace(checkpoint, config=replace(CONFIG, rope_theta=5e5))) != base
+    elsewhere = tmp_path / "elsewhere" / checkpoint.files[0].name  # one name, two files
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("a tokenizer")
+    borrowed = replace(checkpoint, tokenizer=elsewhere)
+    base = identity_of(borrowed)
+    checkpoint.files[0].write_text("yet another model")
+    assert identity_of(borrowed) != base
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"max_batch_size": 1}, {"mp": 4}, {"step_timeout": 5.0}, {"output": Path("o.jsonl")}, {"device": "cpu"}],
+)
+def test_how_a_run_is_computed_does_not_change_it(checkpoint, flags):
+    assert identity_of(checkpoint, **flags) == identity_of(checkpoint)
+
+
+# ---- where answers go --------------------------------------------------------------------------------------------
+
+
+def answer(id: str, text: str = "", error: str | None = None, **sampling) -> Answer:
+    """An answer whose whole text is ready to be taken."""
+    prompt = Prompt(id=id, text=f"prompt {id}", sampling=SamplingConfig(**sampling))
+    request = Request(id=id, prompt=[1], sampling=prompt.sampling, finish_reason="error" if error else None)
+    made = Answer(prompt, request, tokenizer=None, error=error)
+    made.text = text
+    return made
+
+
+def end(answer: Answer) -> tuple[Answer, str]:
+    answer.request.finish_reason = "stop"
+    return answer, answer.text
+
+
+def test_answers_are_printed_in_the_order_of_the_prompts(capsys):
+    a, b, _, d = answers = [answer("a", " A\n"), answer("b", "B"), answer("c", error="too long"), answer("d", "D")]
+
+    def stream():
+        yield a, " A"
+        yield end(d)
+        yield end(b)
+        assert capsys.readouterr().out == ""  # a is not finished: nothing can be said yet
+        yield end(a)
+        printed = "> prompt a\nA\n\n> prompt b\nB\n\n> prompt c\n[not answered: too long]\n\n> prompt d\nD\n\n"
+        assert capsys.readouterr().out == printed
+
+    print_in_order(answers, stream())
+    assert all(made.is_finished for made in answers)
+
+
+def test_a_finished_answer_does_not_wait_for_those_after_it(capsys):
+    a, b = answers = [answer("a", "A"), answer("b", "B")]
+
+    def stream():
+        yield end(a)
+        assert capsys.readouterr().out == "> prompt a\nA\n\n"
+        yield b, "B"
+        assert capsys.readouterr().out == ""
+        yield end(b)
+
+    print_in_order(answers, stream())
+    assert capsys.readouterr().out == "> prompt b\nB\n\n"
+
+
+def test_prompts_of_which_none_can_be_served_are_all_shown(capsys):
+    print_in_order([answer("a", error="too long"), answer("b", error="empty")], iter(()))
+    assert capsys.readouterr().out == "> prompt a\n[not answered: too long]\n\n> prompt b\n[not answered: empty]\n\n"
+
+
+def test_one_answer_streams_and_ends_with_a_newline(capsys):
+    made = answer("a", echo=True)
+
+    def stream():
+        assert capsys.readouterr().out == "prompt a"
+        yield made, " is"
+        assert capsys.readouterr().out == " is"
+        yield made, " it"
+
+    print_one(made, stream())
+    assert capsys.readouterr().out == " it\n"
+
+
+def test_finished_gives_each_answer_once():
+    a, b, _ = answers = [answer("a"), answer("b"), answer("c", error="too long")]
+
+    def stream():
+        yield a, "x"
+        yield end(b)
+        yield a, "y"
+        yield end(a)
+
+    assert [made.request.id for made in finished(answers, stream())] == ["c", "b", "a"]
+
+
+def test_an_output_holds_each_record_as_it_finishes(tmp_path):
+    a, b, _ = answers = [answer("a", "A"), answer("b", "B"), answer("c", error="too long")]
+    path = tmp_path / "out.jsonl"
+    with Output(path, {}) as output:
+        batch = Batch(answers=answers, num_prompts=3, codec=None, output=output)
+
+        def stream():
+            assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["c"]
+            yield end(b)
+            yield a, "A"
+            assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["c", "b"]
+            yield end(a)
+
+        batch.show(stream())
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["id"], r["completion"], r.get("error")) for r in records] == [
+        ("c", "", "too long"),
+        ("b", "B", None),
+        ("a", "A", None),
+    ]

@@ -1,0 +1,82 @@
+"""LLM in a script: what it returns, and on how little that depends. One process here, several under torchrun."""
+
+import json
+from pathlib import Path
+
+import pytest
+from running import torchrun
+
+from llama_mp import LLM
+from llama_mp.errors import RequestError
+
+QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
+KEYS = ["id", "prompt", "completion", "tokens", "logprobs", "prompt_logprobs", "finish_reason"]
+COUNTS = ["prompt_tokens", "completion_tokens"]
+PROMPTS = ["Once upon a time", "The quick brown fox jumps over", "a", "Dogs"]
+SAMPLED = {"temperature": 0.8, "max_gen_len": 12}
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    monkeypatch.setenv("LLAMA_MP_THREADS", "1")
+
+
+def generated(tiny: Path, prompts=PROMPTS, *, max_batch_size: int = 8, **sampling) -> list[dict]:
+    with LLM(tiny, max_batch_size=max_batch_size) as llm:
+        return llm.generate(prompts, **SAMPLED | sampling)
+
+
+def test_generate_gives_the_objects_of_the_contract(one_thread, tiny):
+    for i, record in enumerate(generated(tiny, logprobs=True, prompt_logprobs=True)):
+        assert list(record) == KEYS + COUNTS
+        assert (record["id"], record["prompt"]) == (str(i), PROMPTS[i])
+        assert record["finish_reason"] in ("stop", "length")
+        assert len(record["tokens"]) == len(record["logprobs"]) == record["completion_tokens"] <= 12
+        assert len(record["prompt_logprobs"]) == record["prompt_tokens"] - 1
+        assert all(value <= 0 for value in record["logprobs"] + record["prompt_logprobs"])
+
+
+def test_a_seed_gives_the_same_text_again_alone_or_in_a_batch(one_thread, tiny):
+    together = generated(tiny)
+    assert generated(tiny) == together
+    assert generated(tiny, max_batch_size=1) == together
+    assert generated(tiny, PROMPTS[:1]) == together[:1]
+    assert [r["tokens"] for r in generated(tiny, seed=2)] != [r["tokens"] for r in together]
+
+
+def test_stop_and_echo(one_thread, tiny):
+    text = generated(tiny)[0]["completion"]
+    stop = text[3:5]
+    assert len(stop) == 2
+    stopped, echoed = generated(tiny, PROMPTS[:1], stop=stop)[0], generated(tiny, PROMPTS[:1], echo=True)[0]
+    assert stopped["completion"] == text[: text.index(stop)] and stopped["finish_reason"] == "stop"
+    assert echoed["completion"] == PROMPTS[0] + text
+
+
+def test_one_model_serves_several_calls(one_thread):
+    with LLM("smollm2-135m") as llm:
+        for _ in range(2):
+            chat = [{"role": "user", "content": QUESTION}]
+            assert llm.generate([chat], temperature=0)[0]["completion"] == ANSWER
+        with pytest.raises(RequestError, match=r"unknown field 'temprature' \(did you mean temperature\?\)"):
+            llm.generate(["Hi"], temprature=0)
+        with pytest.raises(RequestError, match="--top_p is 2"):
+            llm.generate(["Hi"], top_p=2.0)
+        assert llm.generate([""])[0]["finish_reason"] == "error"
+        assert llm.generate([]) == []
+
+
+def test_every_rank_gets_the_same_list(one_thread, tiny, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "from llama_mp import LLM\n"
+        "with LLM(sys.argv[1]) as llm:\n"
+        "    records = llm.generate(json.loads(sys.argv[2]), temperature=0.8, max_gen_len=12)\n"
+        "with open(sys.argv[3] + os.environ['RANK'], 'w') as file:\n"
+        "    json.dump(records, file)\n"
+    )
+    done = torchrun(2, script, tiny, json.dumps(PROMPTS), tmp_path / "records")
+    assert done.code == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"records{rank}").read_text()) for rank in range(2))
+    assert first == second == generated(tiny)
