@@ -29,7 +29,6 @@ test: .venv/.installed-test
 	@echo 'Deselected were the tests marked'
 	@echo '  slow   they take minutes:       make test-slow'
 	@echo '  gpu    they need a CUDA device: $(PY) -m pytest -m gpu'
-	@echo '  slurm  they need a controller:  $(PY) -m pytest -m slurm'
 
 test-slow: .venv/.installed-test
 	$(PY) -m pytest -m 'slow and not gpu and not slurm' -rs --durations=10

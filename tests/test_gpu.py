@@ -1,0 +1,70 @@
+"""What needs a CUDA device: `pytest -m gpu` is the whole check to run when there is one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from factory import MODELS, hugging_face, meta_tensors, write_meta
+
+from llama_mp import LLM
+from llama_mp.runner import Leader
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device answers"),
+]
+PROMPT = [1, 17, 300, 4, 250, 99, 42]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = MODELS[request.param]
+    return write_meta(tmp_path_factory.mktemp("gpu"), config, meta_tensors(hugging_face(config)), 2)
+
+
+def logits_on(device: str, folder: Path, tokenizer: Path, **flags: object) -> torch.Tensor:
+    """Of a prompt prefilled in two chunks, and then of one decode step."""
+    with LLM(folder, tokenizer=tokenizer, device=device, **flags) as llm:
+        leader = Leader(llm.prepare([2, 32]), llm.world)
+        chunks = [leader.prefill(PROMPT[:4], slot=0, start=0, all_logits=True)]
+        chunks += [leader.prefill(PROMPT[4:], slot=0, start=4, all_logits=True)]
+        leader.prefill(PROMPT[:2], slot=1, start=0, all_logits=False)
+        chunks += [leader.decode([5, 6], [len(PROMPT), 2])]
+        return torch.cat(chunks).float().cpu()
+
+
+def test_fp32_equals_the_cpu(folder: Path, tokenizer_file: Path) -> None:
+    expected = logits_on("cpu", folder, tokenizer_file, dtype="fp32")
+    found = logits_on("cuda", folder, tokenizer_file, dtype="fp32")
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "fp16", "bf16"])
+def test_other_types_come_near(folder: Path, tokenizer_file: Path, dtype: str) -> None:
+    if dtype == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this card computes no bf16")
+    expected = logits_on("cpu", folder, tokenizer_file, dtype="fp32")
+    found = logits_on("cuda", folder, tokenizer_file, dtype=dtype)
+    assert (found - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+def test_texts_are_those_of_the_cpu(smollm2_file: Path) -> None:
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    texts = []
+    for device in ("cpu", "cuda"):
+        with LLM(smollm2_file, device=device, dtype="fp32") as llm:
+            greedy = llm.generate([chat, "Once upon a time"], temperature=0, max_gen_len=16)
+            drawn = llm.generate(["Once upon a time"] * 3, temperature=0.8, max_gen_len=16)
+        texts.append([answer["completion"] for answer in greedy + drawn])
+    assert texts[0] == texts[1]
+    assert texts[0][0] == "The capital of France is Paris."
+
+
+def test_memory_is_returned(smollm2_file: Path) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    with LLM(smollm2_file, device="cuda") as llm:
+        llm.generate(["Once upon a time"], max_gen_len=4)
+        assert torch.cuda.memory_allocated() - before >= llm.loaded.weight_bytes
+    del llm
+    assert torch.cuda.memory_allocated() <= before
