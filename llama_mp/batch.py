@@ -67,7 +67,7 @@ class Batch:
         """Take the answers as they come and put them where they belong."""
         if self.output is not None:
             self.write(stream)
-        elif self.num_prompts == 1:
+        elif self.num_prompts == 1 and not self.answers[0].error:
             print_one(self.answers[0], stream)
         else:
             print_in_order(self.answers, stream)
