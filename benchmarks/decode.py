@@ -16,8 +16,9 @@ import transformers
 from machine import environment, keep, memory_read_rate
 
 from llama_mp import cli
-from llama_mp.config import Flags, SamplingConfig, check_at_least, flag
+from llama_mp.config import SamplingConfig
 from llama_mp.engine import Engine
+from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.llm import LLM
 from llama_mp.request import Request
 from llama_mp.runner import Leader

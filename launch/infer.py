@@ -19,18 +19,18 @@ from llama_mp.locate import Checkpoint, locate
 def main(flags: InferFlags) -> int:
     ranks = check_ranks(flags.mp)
     checkpoint = locate(flags)
-    check_degree(checkpoint.config, ranks, embedding_axis=0)
+    check_degree(checkpoint.config, ranks)
     if must_launch(ranks):
         if not flags.reads_standard_input:
             with Batch.open(flags, checkpoint) as batch:  # refuse, or find nothing to do, before any rank starts
-                if not batch.answers:
-                    return nothing_left(flags)
+                if not batch.has_work:
+                    return show_finished(batch)
         return launch(ranks)
     if os.environ.get("RANK", "0") != "0":
         return run(flags, checkpoint, None)
     with Batch.open(flags, checkpoint) as batch:
-        if ranks == 1 and not batch.answers:  # several ranks learn it together, in `run`
-            return nothing_left(flags)
+        if ranks == 1 and not batch.has_work:  # several ranks learn it together, in `run`
+            return show_finished(batch)
         return run(flags, checkpoint, batch)
 
 
@@ -40,9 +40,9 @@ def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
     from llama_mp.parallel import connect
 
     world = connect(flags)
-    if not world.tell(batch and len(batch.answers)):
+    if not world.tell(batch and batch.has_work):
         world.close()
-        return nothing_left(flags) if world.is_leader else 0
+        return show_finished(batch) if batch else 0
     with LLM.of_checkpoint(flags, checkpoint, world, codec=batch and batch.codec) as llm:
         if batch is None:
             llm.follow()
@@ -54,8 +54,9 @@ def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
     return 0
 
 
-def nothing_left(flags: InferFlags) -> int:
-    print(f"{flags.output}: all prompts are finished already", file=sys.stderr)
+def show_finished(batch: Batch) -> int:
+    """Nothing is left to compute: what is known already needs no model."""
+    batch.show(iter(()))
     return 0
 
 

@@ -1,6 +1,6 @@
 """The text side of a request: a prompt becomes ids, ids become text that can be shown, and in the end a record."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from llama_mp.locate import Checkpoint
 from llama_mp.prompts import Prompt
 from llama_mp.request import Request
 from llama_mp.tokenizer import TextStream, Tokenizer, load_tokenizer, tokenizer_from_gguf
+
+# Vocabularies are rounded up for speed, and grow by a few tokens in fine-tuning; another family's is far off.
+MAX_UNUSED_ROWS = 1024
 
 
 class Answer:
@@ -81,8 +84,12 @@ def longest_beginning(text: str, stops: Sequence[str]) -> int:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """What the user wrote: the text, or a conversation's last message."""
-    return prompt.text if prompt.text is not None else prompt.messages[-1]["content"]
+    """What the user wrote: the text, or a conversation's last message; nothing for messages that are malformed."""
+    if prompt.text is not None:
+        return prompt.text
+    last = prompt.messages[-1] if prompt.messages else None
+    content = last.get("content") if isinstance(last, Mapping) else None
+    return content if isinstance(content, str) else ""
 
 
 class Codec:
@@ -90,12 +97,18 @@ class Codec:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.tokenizer, self.template = read_tokenizer(checkpoint.tokenizer)
+        self.path = checkpoint.tokenizer
         self.config: ModelConfig = checkpoint.config
-        known = self.config.vocab_size
-        if known and self.tokenizer.vocab_size > known:
+        if self.config.vocab_size:
+            self.check_vocabulary(self.config.vocab_size)
+
+    def check_vocabulary(self, num_rows: int) -> None:
+        """Raise RequestError unless the tokenizer fits a model of `num_rows` embeddings, a few of them unused."""
+        num_ids = self.tokenizer.vocab_size
+        if not num_ids <= num_rows <= num_ids + MAX_UNUSED_ROWS:
             raise RequestError(
-                f"the tokenizer {checkpoint.tokenizer} has {self.tokenizer.vocab_size} ids, the model "
-                f"{self.config.name} {known}: give the model's own with --tokenizer"
+                f"the tokenizer {self.path} has {num_ids} ids, the model {self.config.name} {num_rows}: "
+                "give the model's own with --tokenizer"
             )
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -1,21 +1,25 @@
 """The prompts of one infer run, and where their answers go: standard output, or a file that a rerun continues."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, prompt_text
-from llama_mp.config import RunConfig, SamplingConfig, flag
+from llama_mp.config import RunConfig, SamplingConfig
 from llama_mp.errors import RequestError
+from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
 from llama_mp.output import Output, fingerprint
 from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt, read_prompts_file, read_standard_input
+
+DIGEST_SAMPLES, DIGEST_BLOCK_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,9 @@ class InferFlags(RunConfig, SamplingConfig):
                 "--chat with --prompts_file: a prompts file says so itself, by messages in place of prompt"
             )
 
+        if (self.logprobs or self.prompt_logprobs) and self.output is None:
+            raise RequestError("--logprobs and --prompt_logprobs go into the records of --output: give one")
+
     @property
     def reads_standard_input(self) -> bool:
         return self.prompt is None and self.prompts_file is None
@@ -46,6 +53,7 @@ class Batch:
 
     answers: list[Answer]
     num_prompts: int
+    num_blank: int  # lines of the prompts file that were left out
     codec: Codec
     output: Output | None
 
@@ -54,17 +62,30 @@ class Batch:
     def open(cls, flags: InferFlags, checkpoint: Checkpoint) -> Iterator["Batch"]:
         """The batch of a request, its output locked while open. Raises RequestError before anything is changed."""
         codec = Codec(checkpoint)
-        prompts = read_prompts(flags)
+        prompts, num_blank = read_prompts(flags)
+        batch = cls(
+            answers=answers_to(prompts, codec, flags),
+            num_prompts=len(prompts),
+            num_blank=num_blank,
+            codec=codec,
+            output=None,
+        )
         if flags.output is None:
-            yield cls(answers=answers_to(prompts, codec, flags), num_prompts=len(prompts), codec=codec, output=None)
+            yield batch
             return
-        answers = answers_to(prompts, codec, flags)
         with Output(flags.output, identity(flags, checkpoint, prompts)) as output:
-            left = [answer for answer in answers if answer.request.id not in output.done]
-            yield cls(answers=left, num_prompts=len(prompts), codec=codec, output=output)
+            left = [answer for answer in batch.answers if answer.request.id not in output.done]
+            yield replace(batch, answers=left, output=output)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any prompt is left that can be served."""
+        return any(not answer.is_finished for answer in self.answers)
 
     def show(self, stream: Iterator[tuple[Answer, str]]) -> None:
         """Take the answers as they come and put them where they belong."""
+        if self.num_blank:
+            print(f"{self.num_blank} blank lines of the prompts file were left out", file=sys.stderr)
         if self.output is not None:
             self.write(stream)
         elif self.num_prompts == 1 and not self.answers[0].error:
@@ -93,17 +114,15 @@ def finished(answers: Iterable[Answer], stream: Iterable[tuple[Answer, str]]) ->
     yield from (answer for answer, _ in stream if answer.is_finished)
 
 
-def read_prompts(flags: InferFlags) -> list[Prompt]:
-    """--prompt, --prompts_file, standard input when it is a pipe, or the built-in prompts."""
+def read_prompts(flags: InferFlags) -> tuple[list[Prompt], int]:
+    """--prompt, --prompts_file, standard input when it is a pipe, or the built-in prompts; and how many blank lines
+    were left out of the file."""
     sampling = SamplingConfig(**{f.name: getattr(flags, f.name) for f in fields(SamplingConfig)})
     if flags.prompts_file is not None:
-        prompts, num_blank = read_prompts_file(flags.prompts_file, sampling)
-        if num_blank:
-            print(f"{flags.prompts_file}: {num_blank} blank lines left out", file=sys.stderr)
-        return prompts
+        return read_prompts_file(flags.prompts_file, sampling)
     text = flags.prompt if flags.prompt is not None else read_standard_input()
     texts = BUILT_IN_PROMPTS if text is None else (text,)
-    return [one_prompt(str(i), text, flags.chat, sampling) for i, text in enumerate(texts)]
+    return [one_prompt(str(i), text, flags.chat, sampling) for i, text in enumerate(texts)], 0
 
 
 def one_prompt(id: str, text: str, chat: bool, sampling: SamplingConfig) -> Prompt:
@@ -122,20 +141,24 @@ def answers_to(prompts: list[Prompt], codec: Codec, flags: InferFlags) -> list[A
 
 def identity(flags: InferFlags, checkpoint: Checkpoint, prompts: list[Prompt]) -> dict[str, Any]:
     """The fingerprint of a run: what changes its results, and nothing else."""
-    names = [f.name for f in fields(SamplingConfig)] + ["dtype", "chat", "max_seq_len"]
+    names = [f.name for f in fields(SamplingConfig)] + ["dtype", "max_seq_len"]
     model = {
-        "checkpoint": str(checkpoint.path.resolve()),
-        "files": {file.name: version(file) for file in checkpoint.files},
-        "tokenizer": version(checkpoint.tokenizer),
-        "config": asdict(checkpoint.config),
+        "files": {file.name: sample_digest(file) for file in checkpoint.files},
+        "tokenizer": sample_digest(checkpoint.tokenizer),
+        "config": asdict(replace(checkpoint.config, name="")),  # a name may be that of the folder
     }
     return fingerprint(model=model, flags={name: getattr(flags, name) for name in names}, prompts=prompts)
 
 
-def version(file: Path) -> list[int]:
-    """What changes when `file` is replaced."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+def sample_digest(file: Path) -> str:
+    """A digest of a file's size and of DIGEST_SAMPLES blocks of it: another model's differs, a copy's does not."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for sample in range(DIGEST_SAMPLES):
+            opened.seek(size * sample // DIGEST_SAMPLES)
+            digest.update(opened.read(DIGEST_BLOCK_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def print_one(answer: Answer, stream: Iterable[tuple[Answer, str]]) -> None:

@@ -7,13 +7,15 @@ Fields made by `flag` carry their help text, so that a command line can be built
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from llama_mp.errors import RequestError, did_you_mean
+from llama_mp.flags import Flags, check_at_least, checked, flag
 
 DEFAULT_SIZE = "smollm2-135m"
+MAX_TIMEOUT_S = 1_000_000
 MAX_LAYERS = 10_000  # far beyond any model: a damaged header must not make us list billions of tensors
 SIZE_ALIASES = {"30b": "33B"}  # the paper says 33B, Meta's download folder says 30B
 
@@ -123,18 +125,6 @@ def config_from_mapping(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": help})
-
-
-class Flags:
-    """Base of every flags class, so that each one's checks run when several are inherited."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Flags):
     """How a model is run: the model flags of the commands' contract."""
@@ -151,8 +141,10 @@ class RunConfig(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, max_seq_len=2, max_batch_size=1)
-        if not self.step_timeout > 0:
-            raise RequestError(f"--step_timeout is {self.step_timeout}, but must be above 0")
+        if not 0 < self.step_timeout <= MAX_TIMEOUT_S:
+            raise RequestError(
+                f"--step_timeout is {self.step_timeout}, but must be above 0 and at most {MAX_TIMEOUT_S}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,36 +177,4 @@ class SamplingConfig(Flags):
 
     def override(self, values: Mapping[str, Any]) -> "SamplingConfig":
         """This request with the flags of one prompts-file line; wrong names and types are errors."""
-        defaults = asdict(SamplingConfig())
-        for name, value in values.items():
-            if name not in defaults:
-                valid = ", ".join(["id", "prompt", "messages", *defaults])
-                raise RequestError(f"unknown field {name!r}{did_you_mean(name, defaults)}; valid: {valid}")
-            check_json_type(name, value, defaults[name])
-        given = dict(values)
-        if isinstance(given.get("stop"), str):
-            given["stop"] = (given["stop"],)
-        elif "stop" in given:
-            given["stop"] = tuple(given["stop"])
-        return replace(self, **given)
-
-
-def check_json_type(name: str, value: Any, default: Any) -> None:
-    """Raise RequestError unless the JSON `value` has the type of `default` (an int passes for a float)."""
-    if isinstance(default, bool):
-        good = isinstance(value, bool)
-    elif isinstance(default, int | float):
-        good = isinstance(value, int if isinstance(default, int) else int | float) and not isinstance(value, bool)
-    else:  # stop: one text or a list of them
-        good = isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-    if not good:
-        kind = "text or list of texts" if isinstance(default, tuple) else type(default).__name__
-        raise RequestError(f"{name} is {value!r}, but must be of type {kind}")
-
-
-def check_at_least(flags: Any, **least: float) -> None:
-    """Raise RequestError when a field of `flags` is below its `least` (None passes, NaN does not)."""
-    for name, bound in least.items():
-        value = getattr(flags, name)
-        if value is not None and not bound <= value < float("inf"):
-            raise RequestError(f"--{name} is {value}, but must be at least {bound}")
+        return replace(self, **checked(SamplingConfig, values, others=("id", "prompt", "messages")))

@@ -20,8 +20,6 @@ from llama_mp.sampling import Row, sample, token_logprobs, uniform
 class Stats:
     """What was computed, and in how many seconds."""
 
-    prompt_tokens: int = 0
-    prefill_s: float = 0.0
     decoded_tokens: int = 0
     decode_steps: int = 0
     decode_s: float = 0.0
@@ -49,29 +47,24 @@ class Engine:
         return bool(self.waiting) or any(request.finish_reason is None for request in self.running)
 
     def step(self) -> list[Request]:
-        """Fill free slots from the queue, or else give every row one more token. Returns the requests that moved on."""
-        admitted = self.fill_slots()
-        if admitted:
-            return admitted
+        """Fill one free slot from the queue, or else give every row one more token. Returns what moved on."""
+        if self.waiting and (slot := self.free_slot()) is not None:
+            return [self.admit(self.waiting.popleft(), slot)]
         self.close_gaps()
         return self.decode() if self.running else []
 
-    def fill_slots(self) -> list[Request]:
-        """Prefill waiting requests into the slots of finished rows, then into new ones."""
+    def free_slot(self) -> int | None:
+        """The first slot of a finished row, or a new one; None when all are taken."""
         finished = [slot for slot, request in enumerate(self.running) if request.finish_reason]
-        free = [*finished, *range(len(self.running), self.runner.cache.num_slots)][: len(self.waiting)]
-        return [self.admit(self.waiting.popleft(), slot) for slot in free]
+        unused = range(len(self.running), self.runner.cache.num_slots)
+        return next(iter([*finished, *unused]), None)
 
     def admit(self, request: Request, slot: int) -> Request:
         """Prefill the prompt into `slot` and choose the first token."""
-        start = time.perf_counter()
         self.running[slot : slot + 1] = [request]
         self.append_tokens([request], self.prefill(request, slot=slot))
-        now = time.perf_counter()
-        self.stats.prefill_s += now - start
-        self.stats.prompt_tokens += len(request.prompt)
         if self.stats.first_token_s is None:
-            self.stats.first_token_s = now - self.started
+            self.stats.first_token_s = time.perf_counter() - self.started
         return request
 
     def close_gaps(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 SPEAK_GRACE_S = 5.0
+OUT_OF_MEMORY = "not enough memory"
 LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started
 
 
@@ -38,9 +39,13 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, RequestError | RunError):
         text = str(error)
     elif isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+        text = f"{error.filename}: {error.strerror}; check the path and who may read it"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
+    elif type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        text = (
+            f"{OUT_OF_MEMORY} ({str(error).split('. ')[0]}): start more ranks, or lower --max_batch_size, --max_seq_len"
+        )
     else:
         text = (
             f"unexpected {type(error).__name__}: {error}; set LLAMA_MP_DEBUG=1 for the traceback, and please report it"
@@ -65,20 +70,23 @@ def set_speaker(may_speak: Callable[[], bool]) -> None:
 def report(error: BaseException) -> int:
     """Print `error: ...` on stderr if this rank is the one to speak, and return the exit code.
 
-    The other ranks wait a little: the first to exit makes torchrun end them all, the speaker's line unsaid. So does a
-    rank that only lost another, where our launcher knows the cause and is about to say it."""
+    The other ranks wait a little: the first to exit makes torchrun end them all, the speaker's line unsaid. One that is
+    not ended by then was alone with its error, and says it. A rank that only lost another waits too where our launcher
+    knows the cause and is about to say it."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if os.environ.get("LLAMA_MP_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, LostContact) and LAUNCHED in os.environ:
         time.sleep(SPEAK_GRACE_S)
-    if _may_speak():
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-    else:
+    text = one_line(error)
+    if not _may_speak():
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(SPEAK_GRACE_S)
-    return getattr(error, "exit_code", RUN_FAILED)
+        text = f"rank {os.environ.get('RANK')}: {text}"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    wrong_path = isinstance(error, OSError) and error.filename is not None
+    return getattr(error, "exit_code", BAD_REQUEST if wrong_path else RUN_FAILED)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,10 +61,10 @@ def built_library() -> Path:
     """The library in the user's cache, built if this source was not built with this compiler before.
 
     One process builds while the others wait: the lock goes when its holder does, and a file appears by rename."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise OSError("no C compiler: install one, for example gcc")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        raise OSError(f"no C compiler {compiler[0]}: install one, for example gcc")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, repr(COMPILE).encode()])).hexdigest()[:16]
     folder = cache_folder()
     library = folder / f"kernels-{key}.so"
@@ -74,17 +75,20 @@ def built_library() -> Path:
     return library
 
 
-def build(compiler: str, library: Path) -> None:
+def build(compiler: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as work:
         module, shared = Path(work) / "kernels.o", Path(work) / "kernels.so"
-        subprocess.run([compiler, *COMPILE, str(SOURCE), "-o", str(module)], capture_output=True, check=True)
-        subprocess.run([compiler, "-shared", str(module), "-o", str(shared)], capture_output=True, check=True)
+        subprocess.run([*compiler, *COMPILE, str(SOURCE), "-o", str(module)], capture_output=True, check=True)
+        subprocess.run([*compiler, "-shared", str(module), "-o", str(shared)], capture_output=True, check=True)
         os.replace(shared, library)
 
 
 def cache_folder() -> Path:
     """~/.cache/llama-mp, ours alone: what lies there is loaded as code. Raises OSError when others may write to it."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-mp"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):
+        raise OSError("no home folder for the cache: set XDG_CACHE_HOME")
+    folder = Path(home) / "llama-mp"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -94,5 +98,6 @@ def cache_folder() -> Path:
 
 def reason(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        return f"{' '.join(error.cmd[:2])} failed: {error.stderr.decode(errors='replace').strip().splitlines()[-1:]}"
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        return f"{' '.join(error.cmd[:2])} failed" + (f": {said[-1]}" if said else "")
     return " ".join(str(error).split())

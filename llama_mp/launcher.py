@@ -7,6 +7,11 @@ import sys
 
 from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError
 
+KILLED_BY = {
+    "SIGKILL": ": the machine ran out of memory, or somebody ended it; see the kernel's log, or start fewer ranks",
+    "SIGABRT": ": a library gave up, NCCL for one when another rank is gone or silent for longer than --step_timeout",
+}
+
 
 def check_ranks(mp: int | None) -> int:
     """The number of ranks of this run: torchrun's, else --mp, else 1. Raises RequestError when the two differ."""
@@ -49,6 +54,5 @@ def code_of(error: "ChildFailedError") -> int:  # noqa: F821  torch is imported 
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = ": the machine ran out of memory, or somebody ended it" if name == "SIGKILL" else ""
-        raise RunError(f"rank {rank} was killed by {name}{hint}; see the kernel's log, or start fewer or smaller ranks")
+        raise RunError(f"rank {rank} was killed by {name}{KILLED_BY.get(name, '; see the output above, if any')}")
     return failure.exitcode if failure.exitcode in (BAD_REQUEST, INTERRUPTED) else RUN_FAILED

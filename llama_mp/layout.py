@@ -103,6 +103,12 @@ def split_of(name: str, embedding_axis: int) -> tuple[int, str] | None:
     return SPLITS.get(stem)
 
 
+def joined_shape(name: str, parts: Sequence[tuple[int, ...]], embedding_axis: int) -> tuple[int, ...]:
+    """The shape of the matrix whose shards have the shapes `parts`: what is padding in them is counted too."""
+    axis, _ = split_of(name, embedding_axis) or (None, None)
+    return tuple(sum(part[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0]))
+
+
 def shards(config: ModelConfig, rank: int, mp: int, *, embedding_axis: int = 0) -> dict[str, Shard]:
     """The parameters of `rank` of `mp`. At run time embeddings are split by vocabulary (axis 0), in Meta's
     LLaMA 1 and 2 files by model dimension (axis 1)."""
@@ -136,7 +142,7 @@ def shard_along(name: str, shape: tuple[int, ...], axis: int, length: int, spans
     return Shard(name=name, shape=local, placements=tuple(placements))
 
 
-def check_degree(config: ModelConfig, mp: int, embedding_axis: int) -> None:
+def check_degree(config: ModelConfig, mp: int, embedding_axis: int = 0) -> None:
     """Raise RequestError where no layout of degree `mp` exists."""
     if not 1 <= mp <= config.num_heads:
         raise RequestError(

@@ -1,5 +1,6 @@
 """A model ready to answer, on one rank or many: the same object for scripts, notebooks and the launch files."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +14,18 @@ from tqdm import tqdm
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
+from llama_mp.checkpoint.source import Source
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.engine import Engine, Stats
+from llama_mp.errors import RequestError
+from llama_mp.flags import checked
 from llama_mp.kernels import load_library
 from llama_mp.layout import check_degree, fuse, shards
 from llama_mp.locate import Checkpoint, locate
+from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype
 from llama_mp.memory import kv_cache_bytes, padding_share
 from llama_mp.model import Transformer, build, fill
-from llama_mp.parallel import DTYPE_NAMES, World, choose_dtype, connect, peak_memory_bytes
+from llama_mp.parallel import World, connect
 from llama_mp.prompts import Prompt
 from llama_mp.runner import Leader, Runner, follow
 
@@ -44,9 +49,9 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **flags: Any) -> None:
         if model is not None:
-            is_size = str(model).lower() in {name.lower() for name in size_names()}
-            flags |= {"size": str(model)} if is_size or not Path(model).exists() else {"ckpt_dir": Path(model)}
-        run = RunConfig(**flags)
+            is_path = isinstance(model, Path) or os.sep in model or Path(model).exists()
+            flags |= {"ckpt_dir" if is_path and model not in size_names() else "size": model}
+        run = RunConfig(**checked(RunConfig, flags))
         checkpoint = locate(run)
         self.open(run, checkpoint, connect(run))
 
@@ -60,25 +65,39 @@ class LLM:
     def open(self, run: RunConfig, checkpoint: Checkpoint, world: World, codec: Codec | None = None) -> None:
         """Load this rank's weights. Fails on all ranks or on none."""
         self.run, self.checkpoint, self.world = run, checkpoint, world
-        start = time.perf_counter()
-        with self.world.together():
-            check_degree(checkpoint.config, self.world.size, embedding_axis=0)
-            self.codec = codec or Codec(checkpoint) if self.world.is_leader else None
-            self.model, bytes_read = self.load()
-        weight_bytes = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
-        totals = self.world.gather([bytes_read, weight_bytes])
+        self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
+        self.closed = False
+        try:
+            self.load(codec)
+        except BaseException:
+            self.close_alone()
+            raise
+
+    def load(self, codec: Codec | None) -> None:
+        """Check everything on all ranks, and only then read weights."""
+        start, world = time.perf_counter(), self.world
+        with world.together():
+            check_degree(self.checkpoint.config, world.size)
+            self.codec = codec or Codec(self.checkpoint) if world.is_leader else None
+            source = open_source(self.checkpoint)
+            self.config = source.config
+            if self.codec:
+                self.codec.check_vocabulary(self.config.vocab_size)
+            self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
+        world.agree("precision", str(self.dtype), "give --dtype")
+        with world.together():
+            self.model = self.load_model(source)
+        held = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
+        read_and_held = world.gather([source.bytes_read, held])
         self.loaded = Loaded(
             seconds=time.perf_counter() - start,
-            bytes_read=sum(read for read, _ in totals),
-            weight_bytes=sum(held for _, held in totals),
+            bytes_read=sum(read for read, _ in read_and_held),
+            weight_bytes=sum(held for _, held in read_and_held),
         )
-        self.stats = Stats()
 
-    def load(self) -> tuple[Transformer, int]:
-        """This rank's model, and the bytes read for it."""
-        source = open_source(self.checkpoint)
-        self.config, world = source.config, self.world
-        self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
+    def load_model(self, source: Source) -> Transformer:
+        """This rank's model."""
+        world = self.world
         if world.device.type == "cpu" and self.dtype is torch.bfloat16:
             load_library()  # built now, if it must be, and not during the first step
         model = build(self.config, world.size)
@@ -86,11 +105,10 @@ class LLM:
         parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)
         shown = tqdm(parameters, "loading", len(wanted), leave=False, disable=not self.shows_progress, unit=" tensors")
         fill(model, dict(shown))
-        padding = padding_share(self.config, world.size)
-        if world.is_leader and padding > 0:
+        if world.is_leader and (padding := padding_share(self.config, world.size)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
             self.say(f"{self.config.name} over {world.size} ranks: {cost}")
-        return model, source.bytes_read
+        return model
 
     # ---- generation --------------------------------------------------------------------------------------------
 
@@ -99,11 +117,17 @@ class LLM:
 
         `sampling` are the flags of SamplingConfig. Raises RequestError for a wrong one. A prompt that cannot be served
         has finish_reason "error"."""
-        config = SamplingConfig().override(sampling)
+        if self.model is None:
+            raise RequestError("this model is closed: open another one")
+        with self.world.together():
+            config = SamplingConfig().override(sampling)
+            if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+                raise RequestError(f"prompts is a {type(prompts).__name__}, but must be a list of texts or of messages")
+            asked = [as_prompt(i, prompt, config) for i, prompt in enumerate(prompts)]
+            answers = [self.codec.answer(prompt, self.run.max_seq_len) for prompt in asked] if self.codec else []
         if not self.world.is_leader:
             self.follow()
             return self.world.tell(None)
-        answers = [self.codec.answer(as_prompt(i, p, config), self.run.max_seq_len) for i, p in enumerate(prompts)]
         for _ in self.stream(answers):
             pass
         return self.world.tell([answer.record() for answer in answers])
@@ -159,9 +183,17 @@ class LLM:
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the other ranks, all of them together, and free the weights."""
-        self.model = None
+        """Leave the other ranks, all of them together, and free the weights. Nothing happens the second time."""
+        if self.closed:
+            return
+        self.model, self.closed = None, True
+        self.peak_memory.close()
         self.world.close()
+
+    def close_alone(self) -> None:
+        """After a failure: one rank alone can go on with another model; several may be out of step, and end."""
+        if self.world.size == 1:
+            self.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -169,11 +201,13 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+        else:
+            self.close_alone()
 
     def summary(self) -> str:
         """The end line of a run. Every rank calls it; rates and bytes are sums over the ranks, memory the largest."""
         stats, loaded = self.stats, self.loaded
-        peak = max(self.world.gather(peak_memory_bytes(self.world.device)))
+        peak = max(self.world.gather(self.peak_memory.read()))
         load_rate = loaded.bytes_read / loaded.seconds
         parts = [f"loaded {loaded.bytes_read / 1e9:.2f} GB in {loaded.seconds:.1f} s ({load_rate / 1e9:.2f} GB/s)"]
         if stats.first_token_s is not None:
@@ -197,6 +231,8 @@ def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> P
     """`prompt` as infer would read it from a file; its id, which the randomness hangs on, is its index."""
     if isinstance(prompt, str):
         return Prompt(id=str(index), text=prompt, sampling=sampling)
+    if not isinstance(prompt, Sequence):
+        raise RequestError(f"prompts[{index}] is a {type(prompt).__name__}, but must be a text or a list of messages")
     return Prompt(id=str(index), messages=tuple(prompt), sampling=sampling)
 
 

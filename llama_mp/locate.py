@@ -42,6 +42,11 @@ def locate(run: RunConfig) -> Checkpoint:
             remedy = "drop one of the two flags" if run.ckpt_dir else "put that size there, or use --ckpt_dir"
             raise RequestError(f"--size {run.size} contradicts {path}: {'; '.join(differ)}; {remedy}")
         config = replace(config, name=known.name, context_length=max(config.context_length, known.context_length))
+    if run.max_seq_len and run.max_seq_len > config.context_length:
+        raise RequestError(
+            f"--max_seq_len is {run.max_seq_len}, above {config.context_length}, the context of {config.name}: "
+            "lower it, or give the --size of the model if it was trained for more"
+        )
     return Checkpoint(
         path=path, kind=kind, files=files, config=config, tokenizer=find_tokenizer(run, path, kind, files)
     )
@@ -49,8 +54,8 @@ def locate(run: RunConfig) -> Checkpoint:
 
 def path_of_size(config: ModelConfig) -> Path:
     """$LLAMA_MP_HOME/NAME, or for the default model the package that carries it."""
-    home = Path(os.environ.get("LLAMA_MP_HOME") or Path.home() / "llama-mp")
-    path = home / config.name
+    home = Path(os.environ.get("LLAMA_MP_HOME") or "~/llama-mp")
+    path = Path(os.path.expanduser(home)) / config.name  # stays as it is where there is no home
     if path.exists():
         return path
     if config.name != DEFAULT_SIZE:
@@ -70,7 +75,7 @@ def files_of(path: Path) -> tuple[Literal["meta", "gguf"], tuple[Path, ...]]:
             raise RequestError(f"{path} is a file, but not .gguf: give the folder that holds the shards")
         return "gguf", (path,)
     if not path.is_dir():
-        raise RequestError(f"no checkpoint at {path}: no such folder or file; check --ckpt_dir")
+        raise RequestError(f"no checkpoint at {path}: no such folder or file; check the path")
     shards = sorted(p for p in path.iterdir() if SHARD_NAME.fullmatch(p.name))
     ggufs = sorted(path.glob("*.gguf"))
     if shards:
@@ -80,7 +85,7 @@ def files_of(path: Path) -> tuple[Literal["meta", "gguf"], tuple[Path, ...]]:
         return "gguf", (ggufs[0],)
     if ggufs:
         raise RequestError(f"{path} holds {len(ggufs)} .gguf files: name one of them with --ckpt_dir")
-    raise RequestError(f"{path} holds no checkpoint: neither consolidated.NN.pth nor .gguf; check --ckpt_dir")
+    raise RequestError(f"{path} holds no checkpoint: neither consolidated.NN.pth nor .gguf; check the path")
 
 
 def check_numbering(path: Path, shards: Sequence[Path]) -> None:

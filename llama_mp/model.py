@@ -121,14 +121,10 @@ class Attention(nn.Module):
     def attend_many(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
         """T tokens a row: keys and values repeated for each query head, which every kernel of torch accepts."""
         group = self.num_heads // self.num_kv_heads
+        if group > 1:
+            k_BKLD, v_BKLD = (x.repeat_interleave(group, dim=1) for x in (k_BKLD, v_BKLD))
         q_BHTD = q_NHD.unflatten(0, (step.batch_size, -1)).transpose(1, 2)
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BKLD.repeat_interleave(group, dim=1),
-            v_BKLD.repeat_interleave(group, dim=1),
-            attn_mask=step.mask,
-            is_causal=step.is_causal,
-        )
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=step.mask, is_causal=step.is_causal)
         return y_BHTD.transpose(1, 2).flatten(0, 1)
 
 

@@ -132,5 +132,7 @@ def _pick(keys_RK: Tensor, mass_R1: Tensor, flags_4R1: Tensor) -> tuple[Tensor, 
 
 
 def _to_device(host: Tensor, beside: Tensor) -> Tensor:
-    # A blocking copy would wait for the whole step on the device; this one is queued behind it.
+    # From pinned memory the copy is queued behind the step; a plain one would wait for the whole of it.
+    if beside.device.type == "cuda":
+        host = host.pin_memory()
     return host.to(beside.device, non_blocking=True)

@@ -1,10 +1,13 @@
 """What the ranks of the pool run: a model loaded and asked, rank 0's findings as the result."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
@@ -12,7 +15,7 @@ from llama_mp.layout import fuse, shards
 from llama_mp.llm import LLM
 from llama_mp.locate import locate
 from llama_mp.model import build
-from llama_mp.parallel import World, connect
+from llama_mp.parallel import World, connect, reduce
 from llama_mp.request import Request
 from llama_mp.runner import Leader, follow
 
@@ -127,3 +130,42 @@ def failing(rank_that_fails: int, error: Exception) -> str:
     finally:
         world.close()
     return "no error"
+
+
+def two_worlds(value: str) -> list[Any]:
+    """What is told in two worlds, one after the other, over the store that torchrun keeps for both."""
+    told = []
+    for attempt in range(2):
+        world = connect(RunConfig(device="cpu"))
+        told.append(world.tell(f"{value} {attempt}" if world.is_leader else None))
+        world.gather(None)
+        world.close()
+    return told
+
+
+def silent_rank(step_timeout: float, silence: float) -> str:
+    """Rank 1 stays away from a reduction for `silence` seconds: what rank 0 then sees."""
+    world = connect(RunConfig(device="cpu", step_timeout=step_timeout))
+    try:
+        with world.in_step():
+            if world.rank == 1:
+                time.sleep(silence)
+            return str(reduce(torch.ones(1)).item())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        world.close()
+
+
+def slow_leader(step_timeout: float, pause: float) -> list[Any]:
+    """Rank 0 pauses before it says something: what the ranks are told. A person at the terminal takes longer."""
+    world = connect(RunConfig(device="cpu", step_timeout=step_timeout))
+    if world.is_leader:
+        time.sleep(pause)
+    told = [world.tell("hello" if world.is_leader else None)]
+    message = torch.tensor([7 if world.is_leader else 0])
+    if world.is_leader:
+        time.sleep(pause)
+    dist.broadcast(message, src=0)
+    world.close()
+    return [*told, message.item()]

@@ -5,14 +5,16 @@ torchrun takes 20 s to start 8 ranks on 2 cores; these are there in a fraction o
 
 import multiprocessing
 import os
-import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from torch.distributed import TCPStore
+
 NUM_RANKS = 8
-JOB_TIMEOUT_S = 120
+JOB_TIMEOUT_S = 60
 
 
 class Ranks:
@@ -34,11 +36,15 @@ class Ranks:
         """Each rank's result. An exception on any rank ends the pool and fails the test with its traceback."""
         if not self.workers:
             self.start()
-        port = free_port()
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
         chosen = [connection for _, connection in self.workers[:mp]]
         for rank, connection in enumerate(chosen):
-            connection.send((rank, mp, port, function, arguments))
-        replies = [c.recv() if c.poll(JOB_TIMEOUT_S) else (False, "no answer in time") for c in chosen]
+            connection.send((environment(rank, mp, store.port), function, arguments))
+        deadline = time.monotonic() + JOB_TIMEOUT_S
+        in_time = [connection.poll(max(0, deadline - time.monotonic())) for connection in chosen]
+        replies = [
+            c.recv() if there else (False, "no answer in time") for c, there in zip(chosen, in_time, strict=True)
+        ]
         failed = [f"rank {rank}: {result}" for rank, (good, result) in enumerate(replies) if not good]
         if failed:
             self.stop()
@@ -52,18 +58,24 @@ class Ranks:
         self.workers = []
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def environment(rank: int, mp: int, port: int) -> dict[str, str]:
+    """What torchrun would have set."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(mp),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(mp),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def serve(connection: Connection) -> None:
-    """One rank's loop: what torchrun would have put into the environment, then the job."""
+    """One rank's loop."""
     while True:
-        rank, mp, port, function, arguments = connection.recv()
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(mp), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(mp)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables, function, arguments = connection.recv()
+        os.environ |= variables
         try:
             reply = (True, function(**arguments))
         except BaseException:

@@ -158,7 +158,9 @@ def byte_level() -> Codec:
 @pytest.fixture(scope="module")
 def sentencepiece(tokenizer_file) -> Codec:
     """LLaMA's kind: a token before every text, and no chat template."""
-    return Codec(replace(locate(RunConfig()), tokenizer=tokenizer_file))
+    checkpoint = locate(RunConfig())
+    small = replace(checkpoint.config, vocab_size=331)
+    return Codec(replace(checkpoint, tokenizer=tokenizer_file, config=small))
 
 
 def prompt(text: str | None = None, **more) -> Prompt:
@@ -204,6 +206,9 @@ def test_a_tokenizer_of_another_model_is_refused(byte_level):
     small = replace(checkpoint, config=replace(checkpoint.config, vocab_size=100))
     with pytest.raises(RequestError, match=r"49152 ids.* 100: .*--tokenizer"):
         Codec(small)
+    large = replace(checkpoint, config=replace(checkpoint.config, vocab_size=128256))
+    with pytest.raises(RequestError, match=r"49152 ids.* 128256: .*--tokenizer"):
+        Codec(large)
 
 
 # ---- the length of a row -----------------------------------------------------------------------------------------

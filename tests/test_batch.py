@@ -30,28 +30,29 @@ def texts(prompts: list[Prompt]) -> list[tuple[str, str | None]]:
 
 
 def test_one_prompt_and_its_sampling():
-    (prompt,) = read_prompts(InferFlags(prompt="Hi", seed=7, stop=("x",)))
+    (prompt,), _ = read_prompts(InferFlags(prompt="Hi", seed=7, stop=("x",)))
     assert (prompt.id, prompt.text, prompt.messages) == ("0", "Hi", None)
     assert prompt.sampling == SamplingConfig(seed=7, stop=("x",))
 
 
 def test_chat_makes_a_conversation_of_the_prompt():
-    (prompt,) = read_prompts(InferFlags(prompt="Hi", chat=True))
+    (prompt,), _ = read_prompts(InferFlags(prompt="Hi", chat=True))
     assert (prompt.text, prompt.messages) == (None, ({"role": "user", "content": "Hi"},))
 
 
-def test_a_text_file_is_a_prompt_a_line(tmp_path, capsys):
+def test_a_text_file_is_a_prompt_a_line(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n")
-    assert texts(read_prompts(InferFlags(prompts_file=file))) == [("0", "one"), ("2", "two")]
-    assert capsys.readouterr().err == f"{file}: 1 blank lines left out\n"
+    prompts, num_blank = read_prompts(InferFlags(prompts_file=file))
+    assert texts(prompts) == [("0", "one"), ("2", "two")]
+    assert num_blank == 1
 
 
 def test_a_line_of_a_jsonl_file_has_its_own_flags(tmp_path):
     file = tmp_path / "prompts.jsonl"
     lines = [{"id": "a", "prompt": "one", "seed": 3}, {"id": 2, "messages": [{"role": "user", "content": "two"}]}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first, second = read_prompts(InferFlags(prompts_file=file, seed=5))
+    (first, second), _ = read_prompts(InferFlags(prompts_file=file, seed=5))
     assert (first.id, first.text, first.sampling.seed) == ("a", "one", 3)
     assert (second.id, second.messages[0]["content"], second.sampling.seed) == ("2", "two", 5)
 
@@ -59,7 +60,7 @@ def test_a_line_of_a_jsonl_file_has_its_own_flags(tmp_path):
 READ = """
 import json
 from llama_mp.batch import InferFlags, read_prompts
-print(json.dumps([prompt.text for prompt in read_prompts(InferFlags())]))
+print(json.dumps([prompt.text for prompt in read_prompts(InferFlags())[0]]))
 """
 
 
@@ -116,8 +117,8 @@ def checkpoint(tmp_path) -> Checkpoint:
 
 
 def identity_of(checkpoint: Checkpoint, **flags) -> dict:
-    made = InferFlags(**{"prompt": "Hi"} | flags)
-    return identity(made, checkpoint, read_prompts(made))
+    made = InferFlags(**{"prompt": "Hi", "output": Path("out.jsonl")} | flags)
+    return identity(made, checkpoint, read_prompts(made)[0])
 
 
 def test_every_sampling_flag_changes_the_run(checkpoint):
@@ -154,6 +155,16 @@ def test_another_model_or_tokenizer_is_another_run(checkpoint, tmp_path):
 )
 def test_how_a_run_is_computed_does_not_change_it(checkpoint, flags):
     assert identity_of(checkpoint, **flags) == identity_of(checkpoint)
+
+
+def test_a_copy_elsewhere_is_the_same_model(checkpoint, tmp_path):
+    moved = tmp_path / "copy"
+    moved.mkdir()
+    files = [moved / file.name for file in (*checkpoint.files, checkpoint.tokenizer)]
+    for file in files:
+        file.write_text("something")
+    copy = replace(checkpoint, path=moved, files=(files[0],), tokenizer=files[1], config=replace(CONFIG, name="copy"))
+    assert identity_of(copy) == identity_of(checkpoint)
 
 
 # ---- where answers go --------------------------------------------------------------------------------------------
@@ -237,7 +248,7 @@ def test_an_output_holds_each_record_as_it_finishes(tmp_path):
     a, b, _ = answers = [answer("a", "A"), answer("b", "B"), answer("c", error="too long")]
     path = tmp_path / "out.jsonl"
     with Output(path, {}) as output:
-        batch = Batch(answers=answers, num_prompts=3, codec=None, output=output)
+        batch = Batch(answers=answers, num_prompts=3, num_blank=0, codec=None, output=output)
 
         def stream():
             assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["c"]

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import jobs
 import pytest
 import torch
+import torch.distributed as dist
 from factory import MODELS, hugging_face, meta_tensors, write_meta
+from ranks import Ranks
 
 from llama_mp import LLM
 from llama_mp.runner import Leader
@@ -60,7 +63,39 @@ def test_texts_are_those_of_the_cpu(smollm2_file: Path) -> None:
     assert texts[0][0] == "The capital of France is Paris."
 
 
+def over_nccl(folder: Path, tokenizer: Path) -> list[float] | None:
+    """Runs in a rank of its own device: logits of a prompt, and of one step."""
+    world = jobs.connect(jobs.RunConfig(device="cuda"))
+    found = jobs.ask_one(jobs.load(world, folder, tokenizer, device="cuda"), PROMPT, 4)
+    world.close()
+    return [found.tokens, found.logits] if world.is_leader else None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between ranks needs two CUDA devices")
+def test_two_cards_equal_one(ranks: Ranks, folder: Path, tokenizer_file: Path) -> None:
+    one, two = (ranks.run(mp, over_nccl, folder=folder, tokenizer=tokenizer_file)[0] for mp in (1, 2))
+    assert one[0] == two[0]
+    assert abs(one[1] - two[1]).max() <= 1e-4 * abs(one[1]).max()
+
+
+def one_rank_of_nccl() -> list[list[float]]:
+    """The collectives of a step on a real NCCL group, of one rank: what several would call."""
+    world = jobs.connect(jobs.RunConfig(device="cpu"))
+    group = dist.new_group([0], backend="nccl")
+    x = torch.arange(6.0, device="cuda").view(2, 3)
+    parts = [torch.empty_like(x)]
+    dist.all_reduce(x, group=group)
+    dist.gather(x, parts, group=group, group_dst=0)
+    world.close()
+    return parts[0].tolist()
+
+
+def test_the_collectives_of_a_step_on_nccl(ranks: Ranks) -> None:
+    assert ranks.run(1, one_rank_of_nccl)[0] == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
 def test_memory_is_returned(smollm2_file: Path) -> None:
+    torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")  # cuBLAS keeps a workspace from its first product
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     with LLM(smollm2_file, device="cuda") as llm:

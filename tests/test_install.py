@@ -26,6 +26,7 @@ WITH_TORCH = [
     "llama_mp.kernels",
     "llama_mp.cache",
     "llama_mp.parallel",
+    "llama_mp.machine",
     "llama_mp.sampling",
     "llama_mp.checkpoint",
     "llama_mp.checkpoint.load",
@@ -52,6 +53,7 @@ WITHOUT_TORCH = [
     "llama_mp.gguf_header",
     "llama_mp.layout",
     "llama_mp.config",
+    "llama_mp.flags",
     "llama_mp.errors",
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH

@@ -18,7 +18,7 @@ VERB = """
 import json, os, signal, sys, time
 from dataclasses import dataclass
 from llama_mp import cli
-from llama_mp.config import Flags, flag
+from llama_mp.flags import Flags, flag
 from llama_mp.errors import RequestError
 from llama_mp.launcher import check_ranks, launch, must_launch
 

@@ -80,3 +80,29 @@ def test_every_rank_gets_the_same_list(one_thread, tiny, tmp_path):
     assert done.code == 0, done.stderr
     first, second = (json.loads((tmp_path / f"records{rank}").read_text()) for rank in range(2))
     assert first == second == generated(tiny)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], ["hello"], [{"role": "user", "content": 3}]])
+def test_malformed_messages_are_errors_of_their_own(one_thread, messages):
+    with LLM("smollm2-135m") as llm:
+        bad, good = llm.generate([messages, "Hi"], max_gen_len=1)
+    assert bad["finish_reason"] == "error" and "messages" in bad["error"]
+    assert good["finish_reason"] in ("stop", "length")
+
+
+def test_prompts_are_a_list_of_texts_or_messages(one_thread, tiny):
+    with LLM(tiny) as llm:
+        with pytest.raises(RequestError, match="prompts is a str, but must be a list"):
+            llm.generate("hello")
+        with pytest.raises(RequestError, match=r"prompts\[1\] is a int"):
+            llm.generate(["hello", 5])
+    llm.close()  # a second time
+    with pytest.raises(RequestError, match="this model is closed"):
+        llm.generate(["hello"])
+
+
+def test_arguments_are_checked_like_flags(one_thread):
+    with pytest.raises(RequestError, match="no such folder"):
+        LLM("/no/such/folder")
+    with pytest.raises(RequestError, match="dtype is 'fp8', but must be one of"):
+        LLM("smollm2-135m", dtype="fp8")

@@ -132,7 +132,7 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
     missing, empty, file = tmp_path / "missing", tmp_path / "empty", tmp_path / "consolidated.00.pth"
     empty.mkdir()
     file.touch()
-    assert refusal_of(missing) == f"no checkpoint at {missing}: no such folder or file; check --ckpt_dir"
+    assert refusal_of(missing) == f"no checkpoint at {missing}: no such folder or file; check the path"
     assert refusal_of(empty).startswith(f"{empty} holds no checkpoint: neither consolidated.NN.pth nor .gguf")
     assert refusal_of(file) == f"{file} is a file, but not .gguf: give the folder that holds the shards"
 

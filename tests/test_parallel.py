@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from collections import namedtuple
 
 import jobs
 import pytest
-import torch
 from ranks import Ranks
 
-from llama_mp import parallel
+from llama_mp import machine
 from llama_mp.errors import RequestError, RunError
 
 
@@ -24,7 +22,7 @@ def test_tell_and_gather(ranks: Ranks, mp: int) -> None:
 
 def test_joining_prints_nothing_and_shares_the_cores(ranks: Ranks) -> None:
     results = ranks.run(2, jobs.prints_of_connect)
-    assert results == [("", max(1, parallel.cores_at_hand() // 2))] * 2
+    assert results == [("", max(1, machine.cores_at_hand() // 2))] * 2
 
 
 @pytest.mark.parametrize(
@@ -37,6 +35,53 @@ def test_one_rank_failing_fails_all_with_its_error(ranks: Ranks, error: Exceptio
 
 def test_an_error_of_rank_0_is_not_prefixed(ranks: Ranks) -> None:
     assert ranks.run(2, jobs.failing, rank_that_fails=0, error=RequestError("no")) == ["RequestError: no"] * 2
+
+
+def test_a_second_world_hears_nothing_of_the_first(ranks: Ranks) -> None:
+    assert ranks.run(2, jobs.two_worlds, value="world") == [["world 0", "world 1"]] * 2
+
+
+def test_a_rank_that_is_silent_for_longer_than_the_step_timeout_is_lost(ranks: Ranks) -> None:
+    seen = ranks.run(2, jobs.silent_rank, step_timeout=1.0, silence=4.0)[0]
+    assert seen.startswith("LostContact: rank 0 lost contact with another rank")
+
+
+def test_a_slow_rank_is_waited_for_within_the_step_timeout(ranks: Ranks) -> None:
+    assert ranks.run(2, jobs.silent_rank, step_timeout=30.0, silence=1.0) == ["2.0", "2.0"]
+
+
+def test_the_others_wait_for_rank_0_however_long_it_takes(ranks: Ranks) -> None:
+    assert ranks.run(2, jobs.slow_leader, step_timeout=0.5, pause=2.0) == [["hello", 7]] * 2
+
+
+def test_one_model_at_a_time() -> None:
+    script = """
+from llama_mp import LLM
+from llama_mp.errors import RequestError
+def refusal(**flags):
+    try:
+        LLM(**flags)
+    except RequestError as error:
+        return str(error)
+print(refusal(device="cpu", dtype="tf32"))
+with LLM(device="cpu") as first:
+    print(refusal(device="cpu"))
+try:
+    with LLM(device="cpu") as second:
+        second.generate(["a"], bogus=1)
+except RequestError as error:
+    print(error)
+with LLM(device="cpu") as third:
+    print(third.generate(["The capital of France is"], temperature=0, max_gen_len=1)[0]["completion"])
+"""
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stderr
+    assert "use --dtype fp32" in lines[0]
+    assert "close it first" in lines[1]
+    assert "bogus" in lines[2]
+    assert lines[3].strip() == "Paris"
 
 
 def test_one_rank_listens_on_no_port() -> None:
@@ -54,75 +99,3 @@ world.close()
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
-
-
-# ---- devices and types, decided without them --------------------------------------------------------------------
-
-Gpu = namedtuple("Gpu", "count capability")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """A machine that seems to have two older cards."""
-    found = Gpu(count=2, capability=(7, 5))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: found.count)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found.capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
-    return found
-
-
-def test_local_rank_picks_the_device(gpu: Gpu) -> None:
-    assert parallel.choose_device("auto", 1, 2) == torch.device("cuda", 1)
-    assert parallel.choose_device("cpu", 1, 2) == torch.device("cpu")
-    with pytest.raises(RequestError, match="3 ranks on this machine, but 2 CUDA devices"):
-        parallel.choose_device("auto", 2, 3)
-
-
-def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert parallel.choose_device("auto", 0, 8) == torch.device("cpu")
-    with pytest.raises(RequestError, match="no CUDA device can be used"):
-        parallel.choose_device("cuda", 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "precision", "expected"),
-    [
-        ("auto", "fp16", torch.bfloat16),
-        ("auto", "bf16", torch.bfloat16),
-        ("auto", "fp32", torch.float32),
-        ("fp16", "fp32", torch.float16),
-        ("fp32", "bf16", torch.float32),
-    ],
-)
-def test_dtype_on_a_cpu(wanted: str, precision: str, expected: torch.dtype) -> None:
-    assert parallel.choose_dtype(wanted, precision, torch.device("cpu")) == expected
-
-
-def test_tf32_is_for_gpus() -> None:
-    with pytest.raises(RequestError, match="use --dtype fp32"):
-        parallel.choose_dtype("tf32", "fp32", torch.device("cpu"))
-
-
-def test_dtype_on_a_card_without_bf16(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = torch.device("cuda", 0)
-    assert parallel.choose_dtype("auto", "bf16", card) == torch.float16
-    assert parallel.choose_dtype("auto", "fp16", card) == torch.float16
-    assert parallel.choose_dtype("tf32", "fp32", card) == torch.float32
-    assert torch.backends.cuda.matmul.allow_tf32
-    parallel.choose_dtype("fp32", "fp32", card)
-    assert not torch.backends.cuda.matmul.allow_tf32
-    with pytest.raises(RequestError, match="RTX 2080 computes no bf16: use --dtype fp16"):
-        parallel.choose_dtype("bf16", "bf16", card)
-
-
-def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "cores_at_hand", lambda: 6)
-    assert [parallel.threads_per_rank(n) for n in (1, 2, 4, 8)] == [6, 3, 1, 1]
-    monkeypatch.setenv("LLAMA_MP_THREADS", "5")
-    assert parallel.threads_per_rank(4) == 5
-    monkeypatch.setenv("LLAMA_MP_THREADS", "many")
-    with pytest.raises(RequestError, match="LLAMA_MP_THREADS is 'many'"):
-        parallel.threads_per_rank(1)

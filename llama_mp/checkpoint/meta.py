@@ -12,7 +12,7 @@ import torch
 from llama_mp.checkpoint.source import listed, narrowest
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError
-from llama_mp.layout import Span, cover, global_shapes, matrix_shape, shards
+from llama_mp.layout import Span, cover, global_shapes, joined_shape, matrix_shape, shards, split_of
 from llama_mp.locate import Checkpoint
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -91,15 +91,13 @@ class MetaSource:
 
     def degree_hint(self) -> str:
         """What the shapes say about the number of shards there should be."""
-        gate = self.tensors[0].get("layers.0.feed_forward.w1.weight")
-        if gate is None or not len(gate) or self.config.hidden_dim % len(gate):
+        name = "layers.0.feed_forward.w1.weight"
+        gate = self.tensors[0].get(name)
+        axis, _ = split_of(name, 0)
+        if gate is None or not gate.shape[axis] or self.config.hidden_dim % gate.shape[axis]:
             return ""
-        degree = self.config.hidden_dim // len(gate)
-        return (
-            f"the tensors are those of {degree} shards, and {len(self.files)} are here: "
-            if degree != len(self.files)
-            else ""
-        )
+        degree, found = self.config.hidden_dim // gate.shape[axis], len(self.files)
+        return f"the tensors are those of {degree} shards, and {found} are here: " if degree != found else ""
 
 
 def open_shard(file: Path) -> dict[str, torch.Tensor]:
@@ -138,15 +136,11 @@ def reason(error: Exception) -> str:
 
 def complete(config: ModelConfig, tensors: list[dict[str, torch.Tensor]]) -> ModelConfig:
     """`config` with what only the tensors tell: vocabulary, tied embeddings, and the axis of the embeddings."""
-    embeddings, output = tensors[0].get("tok_embeddings.weight"), tensors[0].get("output.weight")
-    if embeddings is None:
+    embeddings = "tok_embeddings.weight"
+    if embeddings not in tensors[0]:
         return config  # the check of names says so
-    axis = 0 if matrix_shape(tuple(embeddings.shape))[1] == config.dim else 1
-    split_rows = sum(len(part["output.weight"]) for part in tensors) if output is not None else 0
-    embedding_rows = len(embeddings) if axis == 1 else sum(len(part["tok_embeddings.weight"]) for part in tensors)
-    return replace(
-        config,
-        vocab_size=config.vocab_size or split_rows or embedding_rows,
-        tied_embeddings=output is None,
-        embedding_axis=axis,
-    )
+    tied = "output.weight" not in tensors[0]
+    axis = 0 if matrix_shape(tuple(tensors[0][embeddings].shape))[1] == config.dim else 1
+    name = embeddings if tied else "output.weight"
+    num_rows, *_ = joined_shape(name, [tuple(part[name].shape) for part in tensors], axis)
+    return replace(config, vocab_size=config.vocab_size or num_rows, tied_embeddings=tied, embedding_axis=axis)

@@ -34,7 +34,7 @@ def check_tensors(checkpoint: Checkpoint, source: Source) -> None:
     """Raise RequestError that lists every tensor which the architecture lacks, or has otherwise."""
     expected = global_shapes(source.config)
     names = source.names()
-    faults = [f"{name} is missing" for name in expected if name not in set(names)]
+    faults = [f"{name} is missing" for name in sorted(set(expected) - set(names))]
     faults += [f"{name} is unknown" for name in names if name not in expected]
     faults += [
         f"{name} has shape {source.shape(name)}, not {expected[name]}"

@@ -1,0 +1,102 @@
+"""What this machine offers a rank: its device, its precision, its cores; and how much memory the rank took."""
+
+import math
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from llama_mp.errors import RequestError
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+SAMPLE_S = 0.05
+
+
+def choose_device(wanted: str, local_rank: int, local_size: int) -> torch.device:
+    """`cuda:LOCAL_RANK` where there is CUDA, unless the CPU is wanted."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        build = f"this torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "no driver answers"
+        raise RequestError(f"--device cuda, but no CUDA device can be used ({build}): install one, or --device cpu")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_size > count:
+        raise RequestError(
+            f"{local_size} ranks on this machine, but {count} CUDA devices: start {count} ranks, or --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(wanted: str, precision: str, device: torch.device) -> torch.dtype:
+    """The type to compute in. auto: a GPU computes in the checkpoint's `precision`; a CPU in bf16 unless the checkpoint
+    is fp32: decoding is bound by memory, and bf16 halves the bytes where fp16 arithmetic is emulated."""
+    on_gpu = device.type == "cuda"
+    has_bf16 = not on_gpu or torch.cuda.get_device_capability(device) >= (8, 0)
+    if wanted == "auto":
+        wanted = precision if on_gpu or precision == "fp32" else "bf16"
+        wanted = "fp16" if wanted == "bf16" and not has_bf16 else wanted
+    if wanted == "bf16" and not has_bf16:
+        raise RequestError(f"--dtype bf16, but {torch.cuda.get_device_name(device)} computes no bf16: use --dtype fp16")
+    if wanted == "tf32" and not on_gpu:
+        raise RequestError("--dtype tf32 is a mode of NVIDIA GPUs, and this run is on the CPU: use --dtype fp32")
+    torch.backends.cuda.matmul.allow_tf32 = wanted == "tf32"
+    return DTYPES[wanted]
+
+
+def threads_per_rank(local_size: int) -> int:
+    """LLAMA_MP_THREADS, else the cores at hand shared among this machine's ranks."""
+    given = os.environ.get("LLAMA_MP_THREADS")
+    if not given:
+        return max(1, cores_at_hand() // local_size)
+    if not given.isdecimal() or int(given) < 1:
+        raise RequestError(f"LLAMA_MP_THREADS is {given!r}, but must be a whole number above 0")
+    return int(given)
+
+
+def cores_at_hand() -> int:
+    """Cores that this process may run on, the CPU quota of its control group (containers) included."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "200000 100000": microseconds per period
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, math.ceil(int(limit) / int(period)))
+    return cores
+
+
+class PeakMemory:
+    """The most bytes held since it was made: allocated on a GPU; on a CPU private memory (mapped checkpoint pages are
+    none), looked at every SAMPLE_S by a thread, since the kernel keeps no peak of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.most = device, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self.stopped = threading.Event()
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        while not self.stopped.wait(SAMPLE_S):
+            self.most = max(self.most, private_bytes())
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(self.most, private_bytes())
+
+    def close(self) -> None:
+        if self.device.type == "cpu":
+            self.stopped.set()
+
+
+def private_bytes() -> int:
+    """Anonymous memory of this process now, as the kernel counts it (proc(5), RssAnon)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel states no RssAnon")

@@ -1,0 +1,98 @@
+"""Devices and precisions, decided without having them; cores and memory as the machine counts them."""
+
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+
+from llama_mp import machine
+from llama_mp.errors import RequestError
+
+Gpu = namedtuple("Gpu", "count capability")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """A machine that seems to have two older cards."""
+    found = Gpu(count=2, capability=(7, 5))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found.count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
+    return found
+
+
+def test_local_rank_picks_the_device(gpu: Gpu) -> None:
+    assert machine.choose_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert machine.choose_device("cpu", 1, 2) == torch.device("cpu")
+    with pytest.raises(RequestError, match="3 ranks on this machine, but 2 CUDA devices"):
+        machine.choose_device("auto", 2, 3)
+
+
+def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.choose_device("auto", 0, 8) == torch.device("cpu")
+    with pytest.raises(RequestError, match="no CUDA device can be used"):
+        machine.choose_device("cuda", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "precision", "expected"),
+    [
+        ("auto", "fp16", torch.bfloat16),
+        ("auto", "bf16", torch.bfloat16),
+        ("auto", "fp32", torch.float32),
+        ("fp16", "fp32", torch.float16),
+        ("fp32", "bf16", torch.float32),
+    ],
+)
+def test_dtype_on_a_cpu(wanted: str, precision: str, expected: torch.dtype) -> None:
+    assert machine.choose_dtype(wanted, precision, torch.device("cpu")) == expected
+
+
+def test_tf32_is_for_gpus() -> None:
+    with pytest.raises(RequestError, match="use --dtype fp32"):
+        machine.choose_dtype("tf32", "fp32", torch.device("cpu"))
+
+
+def test_dtype_on_a_card_without_bf16(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    assert machine.choose_dtype("auto", "bf16", card) == torch.float16
+    assert machine.choose_dtype("auto", "fp16", card) == torch.float16
+    assert machine.choose_dtype("tf32", "fp32", card) == torch.float32
+    assert torch.backends.cuda.matmul.allow_tf32
+    machine.choose_dtype("fp32", "fp32", card)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(RequestError, match="RTX 2080 computes no bf16: use --dtype fp16"):
+        machine.choose_dtype("bf16", "bf16", card)
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores_at_hand", lambda: 6)
+    assert [machine.threads_per_rank(n) for n in (1, 2, 4, 8)] == [6, 3, 1, 1]
+    monkeypatch.setenv("LLAMA_MP_THREADS", "5")
+    assert machine.threads_per_rank(4) == 5
+    monkeypatch.setenv("LLAMA_MP_THREADS", "many")
+    with pytest.raises(RequestError, match="LLAMA_MP_THREADS is 'many'"):
+        machine.threads_per_rank(1)
+
+
+def test_peak_memory_is_remembered() -> None:
+    """In a process of its own, whose memory nobody else uses."""
+    script = """
+import time, torch
+from llama_mp.machine import PeakMemory, private_bytes
+before, peak = private_bytes(), PeakMemory(torch.device("cpu"))
+block = torch.ones(25_000_000)
+time.sleep(0.3)
+del block
+print(peak.read() - before, private_bytes() - before)
+peak.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    most, left = map(int, done.stdout.split())
+    assert 100e6 <= most < 110e6
+    assert left < 10e6
