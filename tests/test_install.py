@@ -48,6 +48,7 @@ WITHOUT_TORCH = [
     "llama_mp.launcher",
     "llama_mp.memory",
     "llama_mp.locate",
+    "llama_mp.hf_config",
     "llama_mp.params_json",
     "llama_mp.gguf_header",
     "llama_mp.layout",
@@ -56,7 +57,7 @@ WITHOUT_TORCH = [
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
 # Packages of the extras, which an installation without them does not have.
-EXTRAS = ["hypothesis", "pre_commit", "pytest", "ruff", "safetensors", "transformers"]
+EXTRAS = ["hypothesis", "pre_commit", "pytest", "ruff", "transformers"]
 
 
 def modules_on_disk() -> dict[str, Path]:
