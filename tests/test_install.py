@@ -30,6 +30,7 @@ WITH_TORCH = [
     "llama_mp.checkpoint",
     "llama_mp.checkpoint.load",
     "llama_mp.checkpoint.gguf",
+    "llama_mp.checkpoint.hf",
     "llama_mp.checkpoint.meta",
     "llama_mp.checkpoint.source",
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
