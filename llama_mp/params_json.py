@@ -29,14 +29,7 @@ UNKNOWN_VOCAB = 0  # in a ModelConfig: taken from the tensors when they are open
 
 def read_params(path: Path) -> ModelConfig:
     """The architecture that `path`, a params.json, states; named after the known size that it equals."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RequestError(f"{path} is not JSON ({error}); take params.json from the same download") from error
-    if not isinstance(values, dict):
-        raise RequestError(f"{path} is not a JSON object; take params.json from the same download")
+    values = read_object(path)
     check_values(path, values)
     own = values.get(OWN_KEY) or {}
     fields = own | meta_fields(values, own) | {"name": own.get("name", path.absolute().parent.name)}
@@ -45,6 +38,20 @@ def read_params(path: Path) -> ModelConfig:
     except TypeError as error:
         raise RequestError(f"{path}: {OWN_KEY} does not describe a model ({error}); write the folder again") from error
     return config if own else complete_from_known(config, values)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises RequestError when there is none."""
+    remedy = f"take {path.name} from the same download"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} is not a JSON object; {remedy}")
+    return values
 
 
 def check_values(path: Path, values: dict[str, Any]) -> None:

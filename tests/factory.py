@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mp.config import ModelConfig, RopeScaling
 from llama_mp.layout import Shard, global_shapes, shards
-from llama_mp.locate import Checkpoint, config_from_gguf, files_of
-from llama_mp.params_json import params_of, read_params
+from llama_mp.locate import Checkpoint, config_of, files_of
+from llama_mp.params_json import params_of
 
 VOCAB_SIZE = 331  # prime: padded at every degree
 
@@ -132,6 +132,24 @@ def write_meta(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tenso
     return folder
 
 
+def write_hf(folder: Path, model: LlamaForCausalLM, max_shard_size: str = "5GB") -> Path:
+    """A folder as transformers writes it; of many files with an index where `max_shard_size` ("60KB") is small."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def hf_cache(folder: Path, repository: Path) -> Path:
+    """A model's folder as Hugging Face's cache keeps it: the files of `folder` moved to blobs, links in a snapshot."""
+    snapshot = repository / "snapshots" / "0123abcd"
+    for path in (snapshot, repository / "blobs", repository / "refs"):
+        path.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(repository / "blobs" / f"{number:04x}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{number:04x}"))
+    return repository
+
+
 GGUF_NAMES = {
     "tok_embeddings": "token_embd",
     "attention_norm": "attn_norm",
@@ -191,8 +209,7 @@ def finish_gguf(writer: gguf.GGUFWriter, path: Path) -> Path:
 def checkpoint(path: Path) -> Checkpoint:
     """What `locate` makes of `path`, no tokenizer asked for."""
     kind, files = files_of(path)
-    config = read_params(path / "params.json") if kind == "meta" else config_from_gguf(path, files[0])
-    return Checkpoint(path=path, kind=kind, files=files, config=config, tokenizer=files[0])
+    return Checkpoint(path=path, kind=kind, files=files, config=config_of(path, kind, files), tokenizer=files[0])
 
 
 def write_tokenizer(path: Path) -> Path:

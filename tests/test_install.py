@@ -31,6 +31,7 @@ WITH_TORCH = [
     "llama_mp.checkpoint",
     "llama_mp.checkpoint.load",
     "llama_mp.checkpoint.gguf",
+    "llama_mp.checkpoint.hf",
     "llama_mp.checkpoint.meta",
     "llama_mp.checkpoint.source",
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
@@ -49,6 +50,7 @@ WITHOUT_TORCH = [
     "llama_mp.launcher",
     "llama_mp.memory",
     "llama_mp.locate",
+    "llama_mp.hf_config",
     "llama_mp.params_json",
     "llama_mp.gguf_header",
     "llama_mp.layout",
@@ -58,7 +60,7 @@ WITHOUT_TORCH = [
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
 # Packages of the extras, which an installation without them does not have.
-EXTRAS = ["hypothesis", "pre_commit", "pytest", "ruff", "safetensors", "transformers"]
+EXTRAS = ["hypothesis", "pre_commit", "pytest", "ruff", "transformers"]
 
 
 def modules_on_disk() -> dict[str, Path]:

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from factory import MODELS, checkpoint, cut, gguf_name, gguf_writer, random_tensors, write_gguf, write_meta
+from factory import (
+    MODELS,
+    checkpoint,
+    cut,
+    gguf_name,
+    gguf_writer,
+    hugging_face,
+    meta_tensors,
+    random_tensors,
+    write_gguf,
+    write_hf,
+    write_meta,
+)
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_mp.checkpoint import load
@@ -58,6 +70,14 @@ def test_from_gguf(tmp_path: Path, mp: int) -> None:
     file = write_gguf(tmp_path / "m.gguf", MODELS["heads-9-3"], tensors, GGMLQuantizationType.F32)
     source = open_source(checkpoint(file))
     check_loaded(source.config, source, tensors, mp)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_from_hugging_face_to_any_degree(tmp_path: Path, name: str) -> None:
+    model = hugging_face(MODELS[name])
+    source = open_source(checkpoint(write_hf(tmp_path, model, "100KB")))
+    for mp in DEGREES:
+        check_loaded(source.config, source, meta_tensors(model), mp)
 
 
 def test_casts_to_the_type_asked_for(tmp_path: Path) -> None:
@@ -126,6 +146,14 @@ def test_meta_bytes_are_requested_once(tmp_path: Path, name: str, source_mp: int
         check_bytes_requested(source.config, source, mp, sum(tensor.nbytes for tensor in tensors.values()))
 
 
+@pytest.mark.parametrize("name", ["gqa", "tied", "heads-9-3", "heads-13-13"])
+def test_hugging_face_bytes_are_requested_once(tmp_path: Path, name: str) -> None:
+    model = hugging_face(MODELS[name])
+    source = open_source(checkpoint(write_hf(tmp_path, model)))
+    for mp in DEGREES:
+        check_bytes_requested(source.config, source, mp, sum(tensor.nbytes for tensor in meta_tensors(model).values()))
+
+
 def write_sparse_gguf(path: Path, config: ModelConfig, kind: GGMLQuantizationType) -> int:
     """A GGUF file of `config` whose data are one hole; returns the bytes of its tensors."""
     writer, total = gguf_writer(path, config), 0
@@ -161,8 +189,7 @@ from pathlib import Path
 import torch
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.layout import fuse, shards
-from llama_mp.locate import Checkpoint, files_of
-from llama_mp.params_json import read_params
+from llama_mp.locate import Checkpoint, config_of, files_of
 
 def private_bytes():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
@@ -179,9 +206,8 @@ baseline, samples, done = private_bytes(), [], threading.Event()
 sampler = threading.Thread(target=sample)
 sampler.start()
 kind, files = files_of(path)
-source = open_source(
-    Checkpoint(path=path, kind=kind, files=files, config=read_params(path / "params.json"), tokenizer=path)
-)
+config = config_of(path, kind, files)
+source = open_source(Checkpoint(path=path, kind=kind, files=files, config=config, tokenizer=path))
 wanted = fuse(shards(source.config, 0, 2))
 parameters = {}
 for name, parameter in load_shards(wanted, source, dtype=torch.bfloat16, device=torch.device("cpu")):
@@ -194,16 +220,21 @@ print(json.dumps({"own": own, "peak": max(samples) - baseline, "num_samples": le
 """
 
 
-def test_a_rank_holds_its_weights_and_two_tensors_while_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_a_rank_holds_its_weights_and_two_tensors_while_loading(tmp_path: Path, kind: str) -> None:
     """Private memory, because the mapped file's pages are the kernel's to drop."""
     config = replace(MODELS["mha"], dim=1024, head_dim=128, hidden_dim=2816, num_layers=6, vocab_size=2000)
-    tensors = random_tensors(config, torch.bfloat16)
-    checkpoint_bytes, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
-    write_meta(tmp_path, config, tensors, 1)
+    sizes = [2 * math.prod(shape) for shape in global_shapes(config).values()]
+    checkpoint_bytes, largest = sum(sizes), max(sizes)
+    if kind == "meta":
+        write_meta(tmp_path, config, random_tensors(config, torch.bfloat16), 1)
+    else:
+        write_hf(tmp_path, hugging_face(config).bfloat16())
     command = [sys.executable, "-c", LOADS_ONE_RANK, str(tmp_path)]
     measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     slack = 16 << 20  # torch's own first-use allocations, the header's objects
     assert measured["own"] == pytest.approx(checkpoint_bytes / 2, rel=0.01)
-    assert measured["own"] <= measured["peak"] <= measured["own"] + 2 * largest + slack
+    # the kernel counts pages in batches, and what importing left free is used again: a little below is as good
+    assert 0.99 * measured["own"] <= measured["peak"] <= measured["own"] + 2 * largest + slack
     assert measured["own"] + 2 * largest + slack < checkpoint_bytes, "too small a model to show anything"
     assert measured["num_samples"] > 10

@@ -8,7 +8,7 @@ import jobs
 import numpy as np
 import pytest
 import torch
-from factory import MODELS, hugging_face, meta_tensors, tiny, write_gguf, write_meta
+from factory import MODELS, hugging_face, meta_tensors, tiny, write_gguf, write_hf, write_meta
 from ranks import Ranks
 
 from llama_mp.config import ModelConfig, load_size
@@ -32,9 +32,11 @@ def oracle(config: ModelConfig) -> tuple[np.ndarray, list[int]]:
 
 @lru_cache(maxsize=1)
 def folders(config: ModelConfig, root: Path) -> list[Path]:
-    """Meta folders of all source degrees."""
-    tensors = meta_tensors(hugging_face(config))
-    return [write_meta(root / config.name / f"mp{mp}", config, tensors, mp) for mp in DEGREES]
+    """Meta folders of all source degrees, and one of Hugging Face in several files."""
+    model = hugging_face(config)
+    tensors = meta_tensors(model)
+    metas = [write_meta(root / config.name / f"mp{mp}", config, tensors, mp) for mp in DEGREES]
+    return [*metas, write_hf(root / config.name / "hf", model, "100KB")]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("mp", DEGREES)
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_hugging_face_from_every_source_degree(
+def test_equals_hugging_face_from_every_source(
     ranks: Ranks, root: Path, tokenizer_file: Path, name: str, mp: int
 ) -> None:
     config = MODELS[name]
@@ -56,7 +58,7 @@ def test_equals_hugging_face_from_every_source_degree(
     found = ranks.run(
         mp, jobs.ask, paths=folders(config, root), tokenizer=tokenizer_file, prompt=PROMPT, num_tokens=NUM_TOKENS
     )[0]
-    assert [f.tokens for f in found] == [tokens] * len(DEGREES)
+    assert [f.tokens for f in found] == [tokens] * (len(DEGREES) + 1)
     assert relative_error(found[0].logits, logits) <= 1e-4
     # The same parameters, whatever they were cut from.
     assert all(np.array_equal(f.logits, found[0].logits) for f in found)

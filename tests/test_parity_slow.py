@@ -6,7 +6,7 @@ import jobs
 import numpy as np
 import pytest
 import torch
-from factory import HF_NAMES, MODELS, VOCAB_SIZE, checkpoint, hugging_face, meta_tensors, write_meta
+from factory import HF_NAMES, MODELS, VOCAB_SIZE, checkpoint, hugging_face, meta_tensors, write_hf, write_meta
 from ranks import Ranks
 from transformers import LlamaForCausalLM
 
@@ -72,3 +72,21 @@ def test_the_real_model_over_a_real_text(ranks: Ranks, smollm2: LlamaForCausalLM
     [found] = ranks.run(mp, jobs.ask, paths=[smollm2_file], tokenizer=smollm2_file, prompt=prompt, num_tokens=8)[0]
     assert relative_error(found.logits, expected) <= 1e-4
     assert found.tokens == greedy[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("mp", [1, 3])
+def test_the_real_model_from_every_format(
+    ranks: Ranks, smollm2: LlamaForCausalLM, smollm2_file: Path, tmp_path: Path, mp: int
+) -> None:
+    """Meta's folder and Hugging Face's hold in fp32 what the GGUF file dequantizes to."""
+    source = open_source(checkpoint(smollm2_file))
+    paths = [
+        smollm2_file,
+        write_meta(tmp_path / "meta", source.config, meta_tensors(smollm2), 2),
+        write_hf(tmp_path / "hf", smollm2, "200MB"),
+    ]
+    tokenizer, _ = read_tokenizer(smollm2_file)
+    prompt = tokenizer.encode("The three primary colors are", bos=False)
+    found = ranks.run(mp, jobs.ask, paths=paths, tokenizer=smollm2_file, prompt=prompt, num_tokens=24)[0]
+    assert [f.tokens for f in found] == [found[0].tokens] * len(paths)
+    assert all(np.array_equal(f.logits, found[0].logits) for f in found)

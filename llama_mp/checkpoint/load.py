@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from llama_mp.checkpoint.gguf import GGUFSource
+from llama_mp.checkpoint.hf import HFSource
 from llama_mp.checkpoint.meta import MetaSource
 from llama_mp.checkpoint.source import Source, check_tensors
 from llama_mp.layout import Placement, Shard, Span
 from llama_mp.locate import Checkpoint
 
-SOURCES = {"meta": MetaSource, "gguf": GGUFSource}
+SOURCES = {"meta": MetaSource, "hf": HFSource, "gguf": GGUFSource}
 CHUNK_ELEMENTS = 8 << 20  # what is in flight beside the rank's own weights: 32 MiB in fp32
 
 
