@@ -11,7 +11,8 @@ from llama_mp.gguf_header import read_header
 from llama_mp.locate import Checkpoint
 from llama_mp.prompts import Prompt
 from llama_mp.request import Request
-from llama_mp.tokenizer import TextStream, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from llama_mp.tokenizer import TextStream, Tokenizer
+from llama_mp.tokenizer_files import load_tokenizer, tokenizer_from_gguf
 
 
 class Answer:

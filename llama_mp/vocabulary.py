@@ -1,6 +1,6 @@
 """The tokens of a model as its files list them: texts, types, and the ids that have a part to play.
 
-Nothing here encodes or decodes: that is tokenizer.py.
+Nothing here encodes or decodes: that is tokenizer.py and the kinds of tokenizer.
 """
 
 import re

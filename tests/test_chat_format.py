@@ -6,7 +6,8 @@ import pytest
 from llama_mp.chat_format import check_messages, render_chat, render_text
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
-from llama_mp.tokenizer import SENTINEL, Tokenizer, tokenizer_from_gguf
+from llama_mp.tokenizer import SENTINEL, Tokenizer
+from llama_mp.tokenizer_files import tokenizer_from_gguf
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SMOLLM2_TEXT = (

@@ -16,7 +16,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
-from llama_mp.tokenizer import SENTINEL, TextStream, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from llama_mp.tokenizer import SENTINEL, TextStream, Tokenizer
+from llama_mp.tokenizer_files import load_tokenizer, tokenizer_from_gguf
 from llama_mp.vocabulary import BYTE, BYTE_OF_LETTER, CONTROL, NORMAL, UNKNOWN
 
 SAMPLES = [

@@ -6,7 +6,7 @@ import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_mp.errors import RequestError
-from llama_mp.tokenizer import load_tokenizer
+from llama_mp.tokenizer_files import load_tokenizer
 
 
 @pytest.mark.parametrize(
