@@ -1,5 +1,6 @@
 """The prompts of one infer run, and where their answers go: standard output, or a file that a rerun continues."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -53,13 +54,13 @@ class Batch:
     @contextmanager
     def open(cls, flags: InferFlags, checkpoint: Checkpoint) -> Iterator["Batch"]:
         """The batch of a request, its output locked while open. Raises RequestError before anything is changed."""
-        codec = Codec(checkpoint)
+        codec = Codec(checkpoint, flags.chat_format)
         prompts = read_prompts(flags)
         if flags.output is None:
             yield cls(answers=answers_to(prompts, codec, flags), num_prompts=len(prompts), codec=codec, output=None)
             return
         answers = answers_to(prompts, codec, flags)
-        with Output(flags.output, identity(flags, checkpoint, prompts)) as output:
+        with Output(flags.output, identity(flags, checkpoint, codec, prompts)) as output:
             left = [answer for answer in answers if answer.request.id not in output.done]
             yield cls(answers=left, num_prompts=len(prompts), codec=codec, output=output)
 
@@ -120,13 +121,15 @@ def answers_to(prompts: list[Prompt], codec: Codec, flags: InferFlags) -> list[A
     return answers
 
 
-def identity(flags: InferFlags, checkpoint: Checkpoint, prompts: list[Prompt]) -> dict[str, Any]:
+def identity(flags: InferFlags, checkpoint: Checkpoint, codec: Codec, prompts: list[Prompt]) -> dict[str, Any]:
     """The fingerprint of a run: what changes its results, and nothing else."""
     names = [f.name for f in fields(SamplingConfig)] + ["dtype", "chat", "max_seq_len"]
     model = {
         "checkpoint": str(checkpoint.path.resolve()),
         "files": {file.name: version(file) for file in checkpoint.files},
         "tokenizer": version(checkpoint.tokenizer),
+        "template": codec.template and hashlib.sha256(codec.template.encode()).hexdigest(),
+        "end_ids": sorted(codec.tokenizer.eos_ids),
         "config": asdict(checkpoint.config),
     }
     return fingerprint(model=model, flags={name: getattr(flags, name) for name in names}, prompts=prompts)

@@ -63,7 +63,7 @@ class LLM:
         start = time.perf_counter()
         with self.world.together():
             check_degree(checkpoint.config, self.world.size, embedding_axis=0)
-            self.codec = codec or Codec(checkpoint) if self.world.is_leader else None
+            self.codec = codec or Codec(checkpoint, run.chat_format) if self.world.is_leader else None
             self.model, bytes_read = self.load()
         weight_bytes = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
         totals = self.world.gather([bytes_read, weight_bytes])

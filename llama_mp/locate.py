@@ -136,7 +136,9 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
 
 
 def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path]) -> Path:
-    """--tokenizer, else the GGUF itself, else tokenizer.model beside the checkpoint or one folder up."""
+    """--tokenizer, else the GGUF itself, else the file beside the checkpoint or one folder up.
+
+    Where both are, Meta's folders have tokenizer.model from Meta, and others in tokenizer.json tokens added later."""
     if run.tokenizer:
         if not run.tokenizer.expanduser().is_file():
             raise RequestError(f"no tokenizer at {run.tokenizer}: no such file; check --tokenizer")
@@ -144,10 +146,11 @@ def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path])
     if kind == "gguf":
         return files[0]
     folders = (path, path.absolute().parent)
-    found = [folder / "tokenizer.model" for folder in folders if (folder / "tokenizer.model").is_file()]
+    names = ("tokenizer.model", "tokenizer.json") if kind == "meta" else ("tokenizer.json", "tokenizer.model")
+    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     if not found:
         raise RequestError(
-            f"no tokenizer.model in {folders[0]} or {folders[1]}: copy it there, or name it with --tokenizer "
-            "(the tokenizer inside a .gguf file of the model serves too)"
+            f"no tokenizer.model or tokenizer.json in {folders[0]} or {folders[1]}: copy it there, or name it with "
+            "--tokenizer (the tokenizer inside a .gguf file of the model serves too)"
         )
     return found[0]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from llama_mp.errors import RequestError
-from llama_mp.vocabulary import BYTE, CONTROL, END_TEXTS, UNKNOWN, Vocabulary
+from llama_mp.vocabulary import BYTE, CONTROL, END_TEXTS, SPACES, UNKNOWN, Vocabulary
 
 # A Unicode noncharacter: no text that is meant for interchange holds it.
 SENTINEL = "\ufdd0"
@@ -34,14 +34,15 @@ class Tokenizer(ABC):
         self.special = {self._tokens[i]: i for i, kind in enumerate(self._types) if kind == CONTROL}
         ends = {self.eos_id, *vocabulary.other_end_ids, *(self.special.get(text) for text in END_TEXTS)}
         self.eos_ids: frozenset[int] = frozenset(ends - {None})
-        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
-        any_special = "|".join(longest_first) or r"(?!)"
-        self._special_pattern = re.compile(f"({any_special})(?!{SENTINEL})")
+        longest_first = sorted(self.special, key=len, reverse=True)
+        any_special = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        with_space = "|".join(map(vocabulary.pattern, longest_first)) or r"(?!)"
+        self._special_pattern = re.compile(f"({with_space})(?!{SENTINEL})")
         self._special_start_pattern = re.compile(f"(?s)(?={any_special})(.)")
 
     @abstractmethod
-    def _encode_plain(self, text: str) -> list[int]:
-        """Ids of `text`, none of which is a control token."""
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
+        """Ids of `text`, none of which is a control token. `at_start`: nothing but bos_id is before it."""
 
     @abstractmethod
     def _text_bytes(self, text: str) -> bytes:
@@ -50,7 +51,7 @@ class Tokenizer(ABC):
     def encode(self, text: str, bos: bool) -> list[int]:
         """Ids of a user's text: a special token's text in it stays text. `bos` puts bos_id before them."""
         assert not bos or self.bos_id is not None
-        return ([self.bos_id] if bos else []) + self._encode_plain(check_text(text))
+        return ([self.bos_id] if bos else []) + self._encode_plain(check_text(text), at_start=True)
 
     def protect(self, content: str) -> str:
         """User content made safe for a chat template: encode_template will find no special token in it.
@@ -63,15 +64,15 @@ class Tokenizer(ABC):
     def encode_template(self, text: str) -> list[int]:
         """Ids of a rendered chat template, special tokens recognised, with bos_id first, once, if adds_bos.
 
-        Each stretch between special tokens is encoded by itself, as llama.cpp and Meta's own code do: a
+        Each stretch between special tokens is encoded by itself, as llama.cpp, Hugging Face and Meta's own code do: a
         sentencepiece model begins each of them with its dummy space.
         """
         ids: list[int] = []
         for index, part in enumerate(self._special_pattern.split(check_text(text))):
             if index % 2:
-                ids.append(self.special[part])
+                ids.append(self.special[part if part in self.special else part.strip(SPACES)])
             elif plain := part.replace(SENTINEL, ""):
-                ids += self._encode_plain(plain)
+                ids += self._encode_plain(plain, at_start=index == 0)
         return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -8,7 +8,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, Tr
 
 from llama_mp.errors import RequestError
 from llama_mp.tokenizer import Tokenizer
-from llama_mp.vocabulary import BYTE, REMEDY, Vocabulary, gguf_array, gguf_vocabulary, settle_types
+from llama_mp.tokenizer_settings import Settings
+from llama_mp.vocabulary import BYTE, CONTROL, REMEDY, Vocabulary, gguf_array, gguf_vocabulary, settle_types
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -22,19 +23,31 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise RequestError(f"tokenizer: sentencepiece refuses the vocabulary: {error}{REMEDY}") from error
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         return self._processor.encode(text)
 
     def _text_bytes(self, text: str) -> bytes:
-        return text.replace("▁", " ").encode()
+        return piece_to_bytes(text)
 
 
-def tokenizer_from_sentencepiece(model: ModelProto) -> Tokenizer:
+def piece_to_bytes(text: str) -> bytes:
+    return text.replace("▁", " ").encode()
+
+
+def tokenizer_from_sentencepiece(model: ModelProto, settings: Settings) -> Tokenizer:
+    """The tokenizer of a file whose content `model` is; what `settings` say goes before it."""
     tokens, types = [p.piece for p in model.pieces], [p.type for p in model.pieces]
     by_text = dict(zip(tokens, range(len(tokens)), strict=True))
-    bos_id, eos_id = by_text.get(model.trainer_spec.bos_piece), by_text.get(model.trainer_spec.eos_piece)
+    bos_id, eos_id = settings.token_ids(by_text, model.trainer_spec.bos_piece, model.trainer_spec.eos_piece)
+    for token_id in {bos_id, eos_id} - {None}:
+        types[token_id] = CONTROL
     vocabulary = Vocabulary(
-        tokens=tokens, types=settle_types(tokens, types), bos_id=bos_id, eos_id=eos_id, adds_bos=bos_id is not None
+        tokens=tokens,
+        types=settle_types(tokens, types),
+        bos_id=bos_id,
+        eos_id=eos_id,
+        other_end_ids=settings.end_ids,
+        adds_bos=bos_id is not None and settings.adds_bos is not False,
     )
     return SentencePieceTokenizer(vocabulary, model)
 

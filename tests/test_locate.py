@@ -62,6 +62,11 @@ def test_the_tokenizer_may_lie_one_folder_up_or_where_the_flag_says(tmp_path: Pa
     folder = meta_folder(tmp_path / "models" / "7B")
     up = (folder / "tokenizer.model").rename(tmp_path / "models" / "tokenizer.model")
     assert locate(RunConfig(ckpt_dir=folder)).tokenizer == up
+    json_file = folder / "tokenizer.json"
+    json_file.touch()
+    assert locate(RunConfig(ckpt_dir=folder)).tokenizer == json_file, "the nearer folder goes before the better name"
+    (folder / "tokenizer.model").touch()
+    assert locate(RunConfig(ckpt_dir=folder)).tokenizer == folder / "tokenizer.model"
     other = tmp_path / "other.model"
     other.touch()
     assert locate(RunConfig(ckpt_dir=folder, tokenizer=other)).tokenizer == other
@@ -157,9 +162,8 @@ def test_no_params_json(tmp_path: Path) -> None:
 def test_no_tokenizer_says_where_it_looked(tmp_path: Path) -> None:
     folder = meta_folder(tmp_path / "up" / "m")
     (folder / "tokenizer.model").unlink()
-    assert f"no tokenizer.model in {folder} or {tmp_path / 'up'}: copy it there, or name it with --tok" in refusal_of(
-        folder
-    )
+    said = refusal_of(folder)
+    assert f"no tokenizer.model or tokenizer.json in {folder} or {tmp_path / 'up'}: copy it there, or name it" in said
     wrong = tmp_path / "nowhere.model"
     assert refusal_of(folder, tokenizer=wrong) == f"no tokenizer at {wrong}: no such file; check --tokenizer"
 
