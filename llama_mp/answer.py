@@ -1,17 +1,16 @@
 """The text side of a request: a prompt becomes ids, ids become text that can be shown, and in the end a record."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from llama_mp.chat_format import render_chat
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError
-from llama_mp.gguf_header import read_header
 from llama_mp.locate import Checkpoint
 from llama_mp.prompts import Prompt
 from llama_mp.request import Request
-from llama_mp.tokenizer import TextStream, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from llama_mp.tokenizer import TextStream, Tokenizer
+from llama_mp.tokenizer_files import read_tokenizer
 
 # Vocabularies are rounded up for speed, and grow by a few tokens in fine-tuning; another family's is far off.
 MAX_UNUSED_ROWS = 1024
@@ -95,8 +94,8 @@ def prompt_text(prompt: Prompt) -> str:
 class Codec:
     """A checkpoint's tokenizer and chat template: makes answers of prompts. Rank 0 alone needs one."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.tokenizer, self.template = read_tokenizer(checkpoint.tokenizer)
+    def __init__(self, checkpoint: Checkpoint, chat_format: str = "auto") -> None:
+        self.tokenizer, self.template = read_tokenizer(checkpoint.tokenizer, checkpoint.path, chat_format)
         self.path = checkpoint.tokenizer
         self.config: ModelConfig = checkpoint.config
         if self.config.vocab_size:
@@ -137,14 +136,6 @@ class Codec:
         if len(ids) >= limit:
             whose = "--max_seq_len is" if max_seq_len else f"the context of {self.config.name} is"
             raise RequestError(f"the prompt has {len(ids)} tokens, and {whose} {limit}: shorten the prompt")
-
-
-def read_tokenizer(path: Path) -> tuple[Tokenizer, str | None]:
-    """The tokenizer and the chat template in `path`: a GGUF file holds both, any other file a tokenizer alone."""
-    if path.suffix != ".gguf":
-        return load_tokenizer(path), None
-    metadata = read_header(path).metadata
-    return tokenizer_from_gguf(metadata), metadata.get("tokenizer.chat_template")
 
 
 def needed_length(answers: Sequence[Answer], config: ModelConfig, max_seq_len: int | None) -> int:

@@ -61,7 +61,7 @@ class Batch:
     @contextmanager
     def open(cls, flags: InferFlags, checkpoint: Checkpoint) -> Iterator["Batch"]:
         """The batch of a request, its output locked while open. Raises RequestError before anything is changed."""
-        codec = Codec(checkpoint)
+        codec = Codec(checkpoint, flags.chat_format)
         prompts, num_blank = read_prompts(flags)
         batch = cls(
             answers=answers_to(prompts, codec, flags),
@@ -73,7 +73,7 @@ class Batch:
         if flags.output is None:
             yield batch
             return
-        with Output(flags.output, identity(flags, checkpoint, prompts)) as output:
+        with Output(flags.output, identity(flags, checkpoint, codec, prompts)) as output:
             left = [answer for answer in batch.answers if answer.request.id not in output.done]
             yield replace(batch, answers=left, output=output)
 
@@ -139,12 +139,14 @@ def answers_to(prompts: list[Prompt], codec: Codec, flags: InferFlags) -> list[A
     return answers
 
 
-def identity(flags: InferFlags, checkpoint: Checkpoint, prompts: list[Prompt]) -> dict[str, Any]:
+def identity(flags: InferFlags, checkpoint: Checkpoint, codec: Codec, prompts: list[Prompt]) -> dict[str, Any]:
     """The fingerprint of a run: what changes its results, and nothing else."""
     names = [f.name for f in fields(SamplingConfig)] + ["dtype", "max_seq_len"]
     model = {
         "files": {file.name: sample_digest(file) for file in checkpoint.files},
         "tokenizer": sample_digest(checkpoint.tokenizer),
+        "template": codec.template and hashlib.sha256(codec.template.encode()).hexdigest(),
+        "end_ids": sorted(codec.tokenizer.eos_ids),
         "config": asdict(replace(checkpoint.config, name="")),  # a name may be that of the folder
     }
     return fingerprint(model=model, flags={name: getattr(flags, name) for name in names}, prompts=prompts)

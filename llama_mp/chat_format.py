@@ -1,6 +1,7 @@
 """A conversation as the prompt that its checkpoint was trained on, by the checkpoint's own template."""
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 
 from llama_mp import template_sandbox
 from llama_mp.errors import RequestError
@@ -8,8 +9,22 @@ from llama_mp.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
+# Meta's folders hold no template. Ours for them are NAME.jinja in this package; the special tokens that each writes:
+BUILT_IN = {
+    "llama2": ("<s>", "</s>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+
 # Units of work (see template_sandbox) that rendering may take: a hundred times what known templates take.
 WORK, WORK_PER_CHAR, WORK_PER_MESSAGE = 5_000_000, 100, 10_000
+
+
+def built_in_template(name: str, tokenizer: Tokenizer) -> str:
+    """The template of a format of BUILT_IN. Raises RequestError when `tokenizer` lacks a special token of it."""
+    missing = [token for token in BUILT_IN[name] if token not in tokenizer.special]
+    if missing:
+        raise RequestError(f"--chat_format {name} needs the special tokens {', '.join(missing)}, which the model lacks")
+    return (files("llama_mp") / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def render_chat(template: str | None, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[int]:
@@ -40,7 +55,8 @@ def render_text(template: str | None, messages: Sequence[Mapping[str, str]], bos
     """The template's text, generation prompt included; the caller has checked and protected the messages."""
     if not template:
         raise RequestError(
-            "the checkpoint has no chat template: it is a base model; drop --chat and give a plain prompt"
+            "the checkpoint has no chat template, which makes it a base model: drop --chat and give a plain prompt; "
+            "if it is a chat model, name its format with --chat_format llama2 or llama3"
         )
     variables = {
         "messages": messages,

@@ -134,6 +134,7 @@ class RunConfig(Flags):
     size: str | None = flag(None, f"a model of configs/; {DEFAULT_SIZE} when --ckpt_dir is absent too")
     ckpt_dir: Path | None = flag(None, "a folder of consolidated.NN.pth or safetensors, or a .gguf file")
     tokenizer: Path | None = flag(None, "tokenizer file; default: beside the checkpoint, one folder up, or in the GGUF")
+    chat_format: Literal["auto", "llama2", "llama3"] = flag("auto", "how chats are written; auto: the model's template")
     dtype: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = flag("auto", "precision of weights and computation")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the model runs")
     max_seq_len: int | None = flag(None, "tokens of prompt and answer that a row holds; default: from the prompts")

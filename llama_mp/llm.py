@@ -78,7 +78,7 @@ class LLM:
         start, world = time.perf_counter(), self.world
         with world.together():
             check_degree(self.checkpoint.config, world.size)
-            self.codec = codec or Codec(self.checkpoint) if world.is_leader else None
+            self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if world.is_leader else None
             source = open_source(self.checkpoint)
             self.config = source.config
             if self.codec:

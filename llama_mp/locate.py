@@ -223,7 +223,9 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
 
 
 def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path]) -> Path:
-    """--tokenizer, else the GGUF itself, else one of TOKENIZER_NAMES beside the checkpoint or one folder up."""
+    """--tokenizer, else the GGUF itself, else the file beside the checkpoint or one folder up.
+
+    Where both are, Meta's folders have tokenizer.model from Meta, and others in tokenizer.json tokens added later."""
     if run.tokenizer:
         if not run.tokenizer.expanduser().is_file():
             raise RequestError(f"no tokenizer at {run.tokenizer}: no such file; check --tokenizer")
@@ -231,7 +233,8 @@ def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path])
     if kind == "gguf":
         return files[0]
     folders = (path, path.absolute().parent)
-    found = [folder / name for folder in folders for name in TOKENIZER_NAMES if (folder / name).is_file()]
+    names = TOKENIZER_NAMES if kind == "meta" else TOKENIZER_NAMES[::-1]
+    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     if not found:
         raise RequestError(
             f"no {' or '.join(TOKENIZER_NAMES)} in {folders[0]} or {folders[1]}: copy it there, "

@@ -1,6 +1,6 @@
 """The tokens of a model as its files list them: texts, types, and the ids that have a part to play.
 
-Nothing here encodes or decodes: that is tokenizer.py.
+Nothing here encodes or decodes: that is tokenizer.py and the kinds of tokenizer.
 """
 
 import re
@@ -11,6 +11,11 @@ from typing import Any, TypeVar
 from llama_mp.errors import RequestError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the same in sentencepiece and in GGUF
+
+# Unicode's White_Space, as the tokenizers library has it: Python's own list is longer.
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+BYTE_TEXT = re.compile(r"<0x[0-9A-F]{2}>")
 
 # fmt: off
 # Control tokens that end a generation, whatever a file gives as eos; a subset of llama.cpp's list (llama-vocab.cpp).
@@ -35,6 +40,14 @@ class Vocabulary:
     eos_id: int | None
     other_end_ids: Sequence[int] = ()
     adds_bos: bool
+    # Control tokens that in a template swallow the space before or after them.
+    swallow_before: frozenset[str] = frozenset()
+    swallow_after: frozenset[str] = frozenset()
+
+    def pattern(self, text: str) -> str:
+        """A regular expression for the control token `text` in a template."""
+        before = f"[{SPACES}]*" if text in self.swallow_before else ""
+        return before + re.escape(text) + (f"[{SPACES}]*" if text in self.swallow_after else "")
 
     def __post_init__(self) -> None:
         for token_id in (self.bos_id, self.eos_id, *self.other_end_ids):
@@ -47,7 +60,7 @@ class Vocabulary:
         if unknown := set(self.types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
             raise RequestError(f"tokenizer: unknown token types {sorted(unknown)}{REMEDY}")
         for text, kind in zip(self.tokens, self.types, strict=True):
-            if kind == BYTE and not re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            if kind == BYTE and not BYTE_TEXT.fullmatch(text):
                 raise RequestError(f"tokenizer: the byte token {text[:40]!r} is not written <0xNN>{REMEDY}")
 
 

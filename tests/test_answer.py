@@ -194,8 +194,12 @@ def test_an_empty_prompt_needs_a_token_that_begins_a_text(byte_level, sentencepi
     assert sentencepiece.encode(prompt("")) == [sentencepiece.tokenizer.bos_id]
 
 
-def test_a_chat_needs_a_template(byte_level, sentencepiece):
+def test_a_chat_needs_a_template(byte_level, sentencepiece, tokenizer_file):
     assert "no chat template" in refused(sentencepiece, prompt(messages=CHAT))
+    checkpoint = locate(RunConfig())
+    small = replace(checkpoint.config, vocab_size=331)
+    llama2 = Codec(replace(checkpoint, tokenizer=tokenizer_file, config=small), "llama2")
+    assert llama2.encode(prompt(messages=CHAT)) == [1, *llama2.tokenizer.encode("[INST] Hi [/INST]", bos=False)]
     ids = byte_level.encode(prompt(messages=CHAT))
     assert ids[0] == byte_level.tokenizer.special["<|im_start|>"]
     assert byte_level.answer(prompt(messages=CHAT), None).record()["prompt"] == "Hi"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from running import run
@@ -14,7 +15,7 @@ from llama_mp.answer import Answer
 from llama_mp.batch import Batch, InferFlags, finished, identity, print_in_order, print_one, read_prompts
 from llama_mp.config import ModelConfig, SamplingConfig
 from llama_mp.errors import RequestError
-from llama_mp.locate import Checkpoint
+from llama_mp.locate import Checkpoint, locate
 from llama_mp.output import Output
 from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt
 from llama_mp.request import Request
@@ -117,8 +118,20 @@ def checkpoint(tmp_path) -> Checkpoint:
 
 
 def identity_of(checkpoint: Checkpoint, **flags) -> dict:
+    return identity_with(checkpoint, "{{ messages }}", {2}, **flags)
+
+
+def identity_with(checkpoint: Checkpoint, template: str | None, end_ids: set[int], **flags) -> dict:
     made = InferFlags(**{"prompt": "Hi", "output": Path("out.jsonl")} | flags)
-    return identity(made, checkpoint, read_prompts(made)[0])
+    codec = SimpleNamespace(template=template, tokenizer=SimpleNamespace(eos_ids=frozenset(end_ids)))
+    return identity(made, checkpoint, codec, read_prompts(made)[0])
+
+
+def test_another_template_or_end_is_another_run(checkpoint):
+    base = identity_with(checkpoint, "a", {2, 3})
+    assert base == identity_with(checkpoint, "a", {3, 2})
+    for template, end_ids in ((None, {2, 3}), ("b", {2, 3}), ("a", {2})):
+        assert identity_with(checkpoint, template, end_ids) != base
 
 
 def test_every_sampling_flag_changes_the_run(checkpoint):
@@ -126,6 +139,15 @@ def test_every_sampling_flag_changes_the_run(checkpoint):
     base = identity_of(checkpoint)
     for name, value in OTHER_SAMPLING.items():
         assert identity_of(checkpoint, **{name: value}) != base, name
+
+
+def test_the_chat_format_asked_for_is_taken():
+    flags = InferFlags(prompt="Hi", chat=True, chat_format="llama3")
+    with (
+        pytest.raises(RequestError, match="--chat_format llama3 needs the special tokens"),
+        Batch.open(flags, locate(flags)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("flags", [{"dtype": "fp32"}, {"chat": True}, {"max_seq_len": 99}, {"prompt": "Ho"}])

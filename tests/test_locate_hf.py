@@ -41,12 +41,14 @@ def test_a_folder_of_safetensors(tmp_path: Path) -> None:
     assert locate(RunConfig(ckpt_dir=many)).files == tuple(many / name for name in PARTS)
 
 
-def test_the_nearest_tokenizer_serves_and_tokenizer_model_before_tokenizer_json(tmp_path: Path) -> None:
+def test_the_nearest_tokenizer_serves_and_tokenizer_json_before_tokenizer_model(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "m")
-    (tmp_path / "tokenizer.model").touch()
-    assert locate(RunConfig(ckpt_dir=folder)).tokenizer == folder / "tokenizer.json"
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").touch()
     (folder / "tokenizer.model").touch()
     assert locate(RunConfig(ckpt_dir=folder)).tokenizer == folder / "tokenizer.model"
+    (folder / "tokenizer.json").touch()  # which holds the tokens that were added later
+    assert locate(RunConfig(ckpt_dir=folder)).tokenizer == folder / "tokenizer.json"
 
 
 def test_the_cache_of_hugging_face(tmp_path: Path) -> None:

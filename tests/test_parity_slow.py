@@ -10,9 +10,9 @@ from factory import HF_NAMES, MODELS, VOCAB_SIZE, checkpoint, hugging_face, meta
 from ranks import Ranks
 from transformers import LlamaForCausalLM
 
-from llama_mp.answer import read_tokenizer
 from llama_mp.checkpoint.load import open_source
 from llama_mp.layout import Span
+from llama_mp.tokenizer_files import read_tokenizer
 
 pytestmark = pytest.mark.slow
 

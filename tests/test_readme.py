@@ -21,7 +21,7 @@ def listed_files() -> list[str]:
 def test_the_tree_lists_every_file_of_the_code_once_and_nothing_that_is_not_there():
     listed = listed_files()
     files = (file for folder in ("llama_mp", "launch") for file in (ROOT / folder).rglob("*"))
-    code = {str(file.relative_to(ROOT)) for file in files if file.suffix in (".py", ".c")}
+    code = {str(file.relative_to(ROOT)) for file in files if file.suffix in (".py", ".c", ".jinja")}
     assert code - set(listed) == set()
     assert [path for path in listed if not (ROOT / path).exists()] == []
     assert len(listed) == len(set(listed))

@@ -3,7 +3,8 @@
 import pytest
 
 from llama_mp.errors import RequestError
-from llama_mp.tokenizer import SENTINEL, tokenizer_from_gguf
+from llama_mp.tokenizer import SENTINEL
+from llama_mp.tokenizer_files import tokenizer_from_gguf
 from llama_mp.vocabulary import BYTE_OF_LETTER, CONTROL, NORMAL, USER_DEFINED
 
 
