@@ -243,7 +243,7 @@ def broken(tiny, tmp_path_factory) -> Path:
         ("nowhere", "no such folder or file"),
         ("shard", "lacks consolidated.00.pth of 2 shards"),
         ("params", "lacks params.json"),
-        ("tokenizer", "no tokenizer.model in"),
+        ("tokenizer", "no tokenizer.model or tokenizer.json in"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused_without_torch(broken, no_torch, name, says):
