@@ -1,0 +1,145 @@
+"""The pages of docs/: every command in them is run, and prints what the page shows below it.
+
+A block of `sh` or `python` is run, in order, in a folder of the page's own that looks like the repository's root; one
+with a file's name after the language is saved under it. A block of `text` is what the block before it prints on a
+terminal: `...` stands for any lines where it is one, for any text within one. A refusal shown is one that must come.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from factory import (
+    MODELS,
+    finish_gguf,
+    gguf_name,
+    gguf_writer,
+    hf_cache,
+    hugging_face,
+    meta_tensors,
+    write_hf,
+    write_meta,
+)
+from kinds import gguf_of_sentencepiece
+from running import ROOT, run
+
+from llama_mp.batch import InferFlags
+from llama_mp.cli import describe
+
+DOCS = ROOT / "docs"
+PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+FLAGS_OF_TORCHRUN = {"standalone", "nproc_per_node"}
+
+
+class Block(NamedTuple):
+    language: str
+    file: str
+    content: str
+
+
+def blocks_of(page: str) -> list[Block]:
+    return [Block(*found) for found in BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))]
+
+
+def pattern_of(shown: str) -> str:
+    """The regular expression of outputs that a page shows as `shown`."""
+    lines = shown.splitlines()
+    return "".join(
+        r"(?:.*\n)*" if line == "..." else ".*".join(map(re.escape, line.split("..."))) + r"\n" for line in lines
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """A home folder with the checkpoints that the pages name, all of them one tiny model."""
+    home, config = tmp_path_factory.mktemp("home"), MODELS["gqa"]
+    model, models = hugging_face(config), home / "llama-mp"
+    write_meta(models / "my-model", config, meta_tensors(model), mp=2)
+    (models / "tokenizer.model").symlink_to(tokenizer_file)  # one folder up, as in Meta's downloads
+    for folder in (models / "my-hf-model", home / "download"):
+        write_hf(folder, model)
+        (folder / "tokenizer.model").symlink_to(tokenizer_file)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    hf_cache(home / "download", home / ".cache" / "huggingface" / "hub" / "models--ORG--NAME")
+    writer = gguf_writer(models / "my-model.gguf", config)
+    vocabulary = gguf_of_sentencepiece(tokenizer_file)
+    writer.add_tokenizer_model(vocabulary["tokenizer.ggml.model"])
+    writer.add_token_list(vocabulary["tokenizer.ggml.tokens"])
+    writer.add_token_scores(vocabulary["tokenizer.ggml.scores"])
+    writer.add_token_types(vocabulary["tokenizer.ggml.token_type"])
+    for name, tensor in meta_tensors(model).items():
+        writer.add_tensor(gguf_name(name), tensor.numpy())
+    finish_gguf(writer, models / "my-model.gguf")
+    return home
+
+
+def terminal(folder: Path, home: Path, *command: str) -> tuple[int, str]:
+    """The exit code of a command started in `folder`, and all that it prints, in order."""
+    environment = {
+        "HOME": str(home),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),  # the code beside these pages, whatever is installed
+        "PYTHONUNBUFFERED": "1",  # both outputs in the order in which a terminal shows them
+    }
+    done = run("bash", "-c", 'cd "$0" && exec "$@" 2>&1', folder, *command, **environment)
+    return done.code, done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_prints_what_it_shows(page: str, tmp_path: Path, home: Path) -> None:
+    for name in ("launch", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    blocks = blocks_of(page)
+    assert any(block.language == "sh" for block in blocks)
+    for block, after in zip(blocks, [*blocks[1:], Block("", "", "")], strict=True):
+        if block.file:
+            (tmp_path / block.file).write_text(block.content)
+        elif block.language in ("sh", "python"):
+            start = ("bash", "-e", "-c") if block.language == "sh" else ("python", "-c")
+            code, printed = terminal(tmp_path, home, *start, block.content)
+            shown = after.content if after.language == "text" else "...\n"
+            refused = re.search("^error: ", shown, re.MULTILINE)
+            assert code == (2 if refused else 0), f"{block.content}{printed}"
+            assert re.fullmatch(pattern_of(shown), printed), f"{block.content}{shown}---\n{printed}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
+    blocks = blocks_of(page)
+    assert 2 * len(blocks) == (DOCS / page).read_text(encoding="utf-8").count("```")
+    for i, block in enumerate(blocks):
+        if block.language == "text":
+            assert blocks[i - 1].language in ("sh", "python") and not blocks[i - 1].file
+        elif block.file:
+            assert any(block.file in later.content for later in blocks[i + 1 :] if later.language == "sh")
+        else:
+            assert block.language in ("sh", "python")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
+    named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
+    assert named - FLAGS_OF_TORCHRUN <= {*describe(InferFlags), "help"}
+    assert f"(docs/{page})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "equal"),
+    [
+        ("a\n", "a\n", True),
+        ("a\n", "a\nb\n", False),
+        ("a\n...\n", "a\nb\nc\n", True),
+        ("a\n...\n", "a\n", True),
+        ("...\nc\n", "a\nb\n", False),
+        ("in ... s\n", "in 1.3 s\n", True),
+        ("in ... s\n", "in 1\n3 s\n", False),
+        ("a.c\n", "abc\n", False),
+    ],
+)
+def test_what_a_page_shows_is_matched_line_by_line(shown: str, printed: str, equal: bool) -> None:
+    assert bool(re.fullmatch(pattern_of(shown), printed)) is equal
