@@ -1,8 +1,9 @@
 """The pages of docs/: every command in them is run, and prints what the page shows below it.
 
-A block of `sh` or `python` is run, in order, in a folder of the page's own that looks like the repository's root; one
-with a file's name after the language is saved under it. A block of `text` is what the block before it prints on a
-terminal: `...` stands for any lines where it is one, for any text within one. A refusal shown is one that must come.
+A block of `sh` is run, in order, in a folder of the page's own that looks like the repository's root. A block with a
+file's name after the language is saved under it, for a command below to use. A block of `text` is what the command
+above prints on a terminal: `...` stands for any lines where it is one, for any text within one. A refusal shown is one
+that must come.
 """
 
 import os
@@ -33,7 +34,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-FLAGS_OF_TORCHRUN = {"standalone", "nproc_per_node"}
+OTHER_FLAGS = {"standalone", "nproc_per_node", "help", "temprature"}  # the last is refused
 
 
 class Block(NamedTuple):
@@ -78,15 +79,15 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path
     return home
 
 
-def terminal(folder: Path, home: Path, *command: str) -> tuple[int, str]:
-    """The exit code of a command started in `folder`, and all that it prints, in order."""
+def terminal(commands: str, folder: Path, home: Path) -> tuple[int, str]:
+    """The exit code of shell commands run in `folder`, and all that they print, in order."""
     environment = {
         "HOME": str(home),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),  # the code beside these pages, whatever is installed
         "PYTHONUNBUFFERED": "1",  # both outputs in the order in which a terminal shows them
     }
-    done = run("bash", "-c", 'cd "$0" && exec "$@" 2>&1', folder, *command, **environment)
+    done = run("bash", "-ec", f'exec 2>&1; cd "$0"\n{commands}', folder, **environment)
     return done.code, done.stdout
 
 
@@ -99,9 +100,8 @@ def test_every_command_of_a_page_prints_what_it_shows(page: str, tmp_path: Path,
     for block, after in zip(blocks, [*blocks[1:], Block("", "", "")], strict=True):
         if block.file:
             (tmp_path / block.file).write_text(block.content)
-        elif block.language in ("sh", "python"):
-            start = ("bash", "-e", "-c") if block.language == "sh" else ("python", "-c")
-            code, printed = terminal(tmp_path, home, *start, block.content)
+        elif block.language == "sh":
+            code, printed = terminal(block.content, tmp_path, home)
             shown = after.content if after.language == "text" else "...\n"
             refused = re.search("^error: ", shown, re.MULTILINE)
             assert code == (2 if refused else 0), f"{block.content}{printed}"
@@ -114,17 +114,17 @@ def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
     assert 2 * len(blocks) == (DOCS / page).read_text(encoding="utf-8").count("```")
     for i, block in enumerate(blocks):
         if block.language == "text":
-            assert blocks[i - 1].language in ("sh", "python") and not blocks[i - 1].file
+            assert i > 0 and blocks[i - 1].language == "sh"
         elif block.file:
             assert any(block.file in later.content for later in blocks[i + 1 :] if later.language == "sh")
         else:
-            assert block.language in ("sh", "python")
+            assert block.language == "sh"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
     named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
-    assert named - FLAGS_OF_TORCHRUN <= {*describe(InferFlags), "help"}
+    assert named - OTHER_FLAGS <= set(describe(InferFlags))
     assert f"(docs/{page})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
