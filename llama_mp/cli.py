@@ -284,7 +284,7 @@ def is_broken_stdout(error: BaseException) -> bool:
 
 
 def naming_stdout(error: BaseException) -> BaseException:
-    """`error`, or one that says where, when it is that of a stdout that cannot be written: the text left in it tells."""
+    """`error`, or one that says where, when stdout is what cannot be written: the text still in it tells."""
     if isinstance(error, OSError) and error.filename is None:
         try:
             print(end="", flush=True)

@@ -67,7 +67,7 @@ class MetaSource:
             differ = sorted(first ^ set(tensors))
             if differ:
                 raise RequestError(
-                    f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): not one model"
+                    f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): {ONE_DOWNLOAD}"
                 )
 
     def match_layout(self, checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
