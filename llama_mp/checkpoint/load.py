@@ -50,7 +50,9 @@ def load_shard(shard: Shard, source: Source, *, dtype: torch.dtype, device: torc
 
 
 def not_finite(shard: Shard, parameter: torch.Tensor) -> list[str]:
-    """The checkpoint's tensors whose part in `parameter` holds NaN or infinity, in the parameter's own type."""
+    """The checkpoint's tensors whose part in `parameter` holds NaN or infinity, in the parameter's own type.
+
+    The logits alone do not tell: torch's attention on a CPU makes zeros of scores that are NaN."""
     if is_finite(parameter):
         return []
     matrix = parameter if parameter.dim() == 2 else parameter.unsqueeze(1)
