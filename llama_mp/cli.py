@@ -234,10 +234,8 @@ def entry(form: str, help: str, width: int) -> str:
 
 
 def default_note(default: Any) -> str:
-    if default is MISSING:
-        return " (required)"
-    if default is None or default == ():
-        return ""
+    if default is MISSING or default is None or default == ():
+        return " (required)" if default is MISSING else ""
     return f" (default: {str(default).lower() if isinstance(default, bool) else default})"
 
 
@@ -284,13 +282,12 @@ def is_broken_stdout(error: BaseException) -> bool:
 
 
 def naming_stdout(error: BaseException) -> BaseException:
-    """`error`, or one that says where, when stdout is what cannot be written: the text still in it tells."""
-    if isinstance(error, OSError) and error.filename is None:
-        try:
-            print(end="", flush=True)
-        except OSError as again:
-            if again.errno == error.errno:
-                return RunError(f"standard output: {error.strerror}; make room there, or send it elsewhere")
+    """`error`, or one that names stdout when that cannot be written: the text still in it tells."""
+    try:
+        print(end="", flush=True)
+    except OSError as again:
+        if isinstance(error, OSError) and error.filename is None and again.errno == error.errno:
+            return RunError(f"standard output: {error.strerror}; make room there, or send it elsewhere")
     return error
 
 
