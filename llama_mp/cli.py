@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args,
 
 import fire
 
-from llama_mp.errors import DONE, RUN_FAILED, RequestError, did_you_mean, rank_zero_speaks, report
+from llama_mp.errors import DONE, RUN_FAILED, RequestError, RunError, did_you_mean, rank_zero_speaks, report
 
 HELP_WIDTH = 100  # columns
 WIDEST_FORM = 36  # columns of `--name TYPE` in the help; a wider one stands on a line of its own
@@ -234,10 +234,8 @@ def entry(form: str, help: str, width: int) -> str:
 
 
 def default_note(default: Any) -> str:
-    if default is MISSING:
-        return " (required)"
-    if default is None or default == ():
-        return ""
+    if default is MISSING or default is None or default == ():
+        return " (required)" if default is MISSING else ""
     return f" (default: {str(default).lower() if isinstance(default, bool) else default})"
 
 
@@ -265,7 +263,7 @@ def main(
         code = RUN_FAILED
         with contextlib.suppress(KeyboardInterrupt):  # a silent rank waits in report
             if not is_broken_stdout(error):
-                code = report(error)
+                code = report(naming_stdout(error))
     drop_unwritable_output()
     sys.exit(code)
 
@@ -281,6 +279,16 @@ def is_broken_stdout(error: BaseException) -> bool:
     poll = select.poll()
     poll.register(sys.stdout, 0)  # errors and hang-ups are always reported
     return bool(poll.poll(0))
+
+
+def naming_stdout(error: BaseException) -> BaseException:
+    """`error`, or one that names stdout when that cannot be written: the text still in it tells."""
+    try:
+        print(end="", flush=True)
+    except OSError as again:
+        if isinstance(error, OSError) and error.filename is None and again.errno == error.errno:
+            return RunError(f"standard output: {error.strerror}; make room there, or send it elsewhere")
+    return error
 
 
 def drop_unwritable_output() -> None:

@@ -4,6 +4,7 @@ Every class checks itself: an impossible value is a RequestError that names the 
 Fields made by `flag` carry their help text, so that a command line can be built from the class (cli.py).
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -127,6 +128,14 @@ def config_from_mapping(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
+def threads_asked() -> int | None:
+    """LLAMA_MP_THREADS: how many threads a rank computes with; None when it is not set."""
+    given = os.environ.get("LLAMA_MP_THREADS")
+    if given and not (given.isdecimal() and int(given) > 0):
+        raise RequestError(f"LLAMA_MP_THREADS is {given!r}, but must be a whole number above 0")
+    return int(given) if given else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Flags):
     """How a model is run: the model flags of the commands' contract."""
@@ -144,6 +153,7 @@ class RunConfig(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, max_seq_len=2, max_batch_size=1)
+        threads_asked()  # wrong ones are refused with the request, before any rank starts
         if not 0 < self.step_timeout <= MAX_TIMEOUT_S:
             raise RequestError(
                 f"--step_timeout is {self.step_timeout}, but must be above 0 and at most {MAX_TIMEOUT_S}"

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.cache import KVCache
-from llama_mp.checkpoint.load import load_shards, open_source
-from llama_mp.checkpoint.source import Source
+from llama_mp.checkpoint.load import load_shards, not_finite, open_source
+from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
@@ -89,6 +89,7 @@ class LLM:
             self.model = self.load_model(source)
         held = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
         read_and_held = world.gather([source.bytes_read, held])
+        self.warn_of_not_finite()
         self.loaded = Loaded(
             seconds=time.perf_counter() - start,
             bytes_read=sum(read for read, _ in read_and_held),
@@ -104,11 +105,22 @@ class LLM:
         wanted = fuse(shards(self.config, world.rank, world.size))
         parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)
         shown = tqdm(parameters, "loading", len(wanted), leave=False, disable=not self.shows_progress, unit=" tensors")
-        fill(model, dict(shown))
+        parameters = dict(shown)
+        self.not_finite = [source for name, shard in wanted.items() for source in not_finite(shard, parameters[name])]
+        fill(model, parameters)
         if world.is_leader and (padding := padding_share(self.config, world.size)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
             self.say(f"{self.config.name} over {world.size} ranks: {cost}")
         return model
+
+    def warn_of_not_finite(self) -> None:
+        """Rank 0 names the tensors that hold NaN or infinity, once for all ranks. The run goes on."""
+        names = list(dict.fromkeys(name for found in self.world.gather(self.not_finite) for name in found))
+        if names and self.world.is_leader:
+            self.say(
+                f"warning: {self.checkpoint.path} holds NaN or infinity in {listed(names)}: its answers are worth "
+                "nothing; download it again, or try --dtype fp32 if the file itself is whole"
+            )
 
     # ---- generation --------------------------------------------------------------------------------------------
 

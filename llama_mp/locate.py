@@ -62,6 +62,9 @@ def path_of_size(config: ModelConfig) -> Path:
     """$LLAMA_MP_HOME/NAME, or for the default model the package that carries it."""
     home = Path(os.environ.get("LLAMA_MP_HOME") or "~/llama-mp")
     path = Path(os.path.expanduser(home)) / config.name  # stays as it is where there is no home
+    if path.is_dir() and not any(path.iterdir()):
+        other = " to use the installed model" if config.name == DEFAULT_SIZE else ""
+        raise RequestError(f"{path} is an empty folder: put {config.name} there, or remove the folder{other}")
     if path.exists():
         return path
     if config.name != DEFAULT_SIZE:

@@ -2,24 +2,29 @@
 
 import math
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import torch
 
+from llama_mp.config import threads_asked
 from llama_mp.errors import RequestError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SAMPLE_S = 0.05
+NVIDIA_FILES = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))
+CPU_BUILD = f"this torch {torch.__version__} is a CPU build"
 
 
 def choose_device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     """`cuda:LOCAL_RANK` where there is CUDA, unless the CPU is wanted."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        build = f"this torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "no driver answers"
-        raise RequestError(f"--device cuda, but no CUDA device can be used ({build}): install one, or --device cpu")
+        if torch.version.cuda is None:
+            raise RequestError(f"--device cuda, but {CPU_BUILD}: {cuda_remedy()}, or give --device cpu")
+        raise RequestError("--device cuda, but no NVIDIA driver answers: see nvidia-smi, or give --device cpu")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -29,6 +34,23 @@ def choose_device(wanted: str, local_rank: int, local_size: int) -> torch.device
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def unused_gpu(wanted: str) -> str | None:
+    """What to tell the user of a machine whose NVIDIA GPU this torch was not built to use."""
+    if wanted != "auto" or torch.version.cuda is not None or not has_nvidia():
+        return None
+    return f"the GPU of this machine is not used, {CPU_BUILD}: {cuda_remedy()}; --device cpu is silent about it"
+
+
+def has_nvidia() -> bool:
+    """Whether the NVIDIA driver or its tools are here, whatever torch was built for."""
+    return any(path.exists() for path in NVIDIA_FILES) or shutil.which("nvidia-smi") is not None
+
+
+def cuda_remedy() -> str:
+    version = torch.__version__.split("+")[0]  # PyPI's own builds for Linux are those with CUDA
+    return f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={version}"
 
 
 def choose_dtype(wanted: str, precision: str, device: torch.device) -> torch.dtype:
@@ -49,12 +71,7 @@ def choose_dtype(wanted: str, precision: str, device: torch.device) -> torch.dty
 
 def threads_per_rank(local_size: int) -> int:
     """LLAMA_MP_THREADS, else the cores at hand shared among this machine's ranks."""
-    given = os.environ.get("LLAMA_MP_THREADS")
-    if not given:
-        return max(1, cores_at_hand() // local_size)
-    if not given.isdecimal() or int(given) < 1:
-        raise RequestError(f"LLAMA_MP_THREADS is {given!r}, but must be a whole number above 0")
-    return int(given)
+    return threads_asked() or max(1, cores_at_hand() // local_size)
 
 
 def cores_at_hand() -> int:

@@ -50,11 +50,14 @@ class Output:
         self.path = path
         self.run_path = path.with_name(path.name + ".run.json")
         self.done: set[str] = set()
+        is_new = not os.path.exists(path)  # unlike Path.exists, False too for a name that cannot be one
         self._file = _open(path)
         try:
             _lock(self._file, path)
             self._adopt(json.loads(json.dumps(fingerprint)))  # as it will be read back: tuples are lists
         except OSError as error:
+            if is_new:
+                path.unlink()
             os.close(self._file)
             raise _request_error(error, self.run_path) from error
         except BaseException:
@@ -184,12 +187,16 @@ def _request_error(error: OSError, path: Path) -> RequestError:
 def _write_whole(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as JSON so that `path` is, at any moment, as it was or complete. The caller holds the lock."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk lets a file begin, and takes none of its bytes
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # a rename lasts once its folder is on disk

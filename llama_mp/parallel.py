@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +22,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from llama_mp import errors
 from llama_mp.config import RunConfig
 from llama_mp.errors import LostContact, RequestError, RunError
-from llama_mp.machine import choose_device, threads_per_rank
+from llama_mp.machine import choose_device, threads_per_rank, unused_gpu
 
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
@@ -148,6 +149,8 @@ def connect(run: RunConfig) -> World:
     world = World(rank=rank, size=size, device=torch.device("cpu"), store=store)
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
+    if world.is_leader and (note := unused_gpu(run.device)):
+        print(note, file=sys.stderr, flush=True)
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
     backend = "nccl" if size > 1 and world.device.type == "cuda" else control
     form_model_parallel_group(size, backend, timedelta(seconds=run.step_timeout))

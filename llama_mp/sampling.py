@@ -61,7 +61,10 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor | Non
     # argmax takes NaN for the greatest: one look at the best finds it anywhere, and it travels with the ids.
     checked_B = torch.where(best_B1[:, 0].isfinite(), tokens_B, -1).cpu()
     if (checked_B < 0).any():
-        raise RunError("the model's logits are not finite; a value overflowed: try --dtype fp32 or bf16")
+        raise RunError(
+            "the model's logits are not finite: a weight is not, of which a warning then told on loading, or a value "
+            "overflowed: try --dtype fp32 or bf16"
+        )
     if not any(row.sampling.logprobs for row in rows):
         return checked_B, None
     return checked_B, logits_BV.log_softmax(-1).gather(-1, tokens_B[:, None])[:, 0].cpu()

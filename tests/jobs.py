@@ -1,5 +1,7 @@
 """What the ranks of the pool run: a model loaded and asked, rank 0's findings as the result."""
 
+import contextlib
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
+from llama_mp.errors import one_line
 from llama_mp.layout import fuse, shards
 from llama_mp.llm import LLM
 from llama_mp.locate import locate
@@ -96,11 +99,6 @@ def shapes_agree(config: ModelConfig) -> bool:
 
 def prints_of_connect() -> tuple[str, int]:
     """What joining the groups prints, and how many threads it leaves."""
-    import contextlib
-    import io
-
-    import torch
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         world = connect(RunConfig(device="cpu"))
@@ -130,6 +128,27 @@ def failing(rank_that_fails: int, error: Exception) -> str:
     finally:
         world.close()
     return "no error"
+
+
+def refusal(path: Path, tokenizer: Path) -> tuple[int, str]:
+    """How loading a checkpoint fails on this rank: the exit code, and the text of the line."""
+    world = connect(RunConfig(device="cpu"))
+    try:
+        load(world, path, tokenizer)
+    except Exception as error:
+        return getattr(error, "exit_code", 0), one_line(error)
+    finally:
+        world.close()
+    return 0, "loaded"
+
+
+def said_while_loading(path: Path, tokenizer: Path) -> str:
+    """What this rank writes to stderr when it loads a checkpoint."""
+    world = connect(RunConfig(device="cpu"))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        load(world, path, tokenizer)
+    world.close()
+    return said.getvalue()
 
 
 def two_worlds(value: str) -> list[Any]:

@@ -415,8 +415,8 @@ def test_a_full_disk_is_one_error_line(script: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = start(script, stdout=full)
     assert done.returncode == 1
-    assert done.stderr.count(b"\n") == 1 and done.stderr.startswith(b"error: ")
-    assert b"No space left on device" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"error: standard output: No space left on device; ")
 
 
 def test_closed_stdout(script: list[str]) -> None:

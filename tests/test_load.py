@@ -28,7 +28,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_mp.checkpoint import load
 from llama_mp.checkpoint.gguf import GGUFSource
-from llama_mp.checkpoint.load import load_shards, open_source, row_chunks
+from llama_mp.checkpoint.load import load_shards, not_finite, open_source, row_chunks
 from llama_mp.checkpoint.source import Source
 from llama_mp.config import ModelConfig, load_size
 from llama_mp.layout import fuse, global_shapes, heads_per_rank, shards
@@ -53,6 +53,33 @@ def check_loaded(config: ModelConfig, source: Source, tensors: dict[str, torch.T
         for name, parameter in parameters.items():
             assert torch.equal(parameter, cut(wanted[name], tensors)), f"{name} of rank {rank} of {mp}"
             assert parameter.is_contiguous()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_is_found_by_its_name_in_the_checkpoint(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    config = MODELS["heads-13-13"]
+    tensors = random_tensors(config, dtype)
+    tensors["layers.1.attention.wk.weight"][-1, -1] = value  # of rank 2, in the middle of the fused q, k, v
+    tensors["norm.weight"][5] = value
+    source = open_source(checkpoint(write_meta(tmp_path, config, tensors, 1)))
+    for rank in range(3):
+        wanted = fuse(shards(config, rank, 3))
+        parameters = loaded(config, source, rank, 3, dtype)
+        found = [name for shard in wanted for name in not_finite(wanted[shard], parameters[shard])]
+        assert found == (["layers.1.attention.wk.weight"] if rank == 2 else []) + ["norm.weight"]
+
+
+def test_a_value_that_the_type_cannot_hold_is_not_finite(tmp_path: Path) -> None:
+    config = MODELS["tied"]
+    tensors = random_tensors(config)
+    tensors["layers.0.feed_forward.w2.weight"][0, 0] = 1e5
+    source = open_source(checkpoint(write_meta(tmp_path, config, tensors, 1)))
+    name, shard = "layers.0.feed_forward.w2.weight", shards(config, 0, 1)["layers.0.feed_forward.w2.weight"]
+    for dtype, found in ((torch.float32, []), (torch.float16, [name])):
+        assert not_finite(shard, loaded(config, source, 0, 1, dtype)[name]) == found
 
 
 @pytest.mark.parametrize("source_mp", DEGREES)

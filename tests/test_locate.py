@@ -110,6 +110,15 @@ def test_the_default_model_comes_from_its_package(tmp_path: Path, monkeypatch: p
     assert locate(RunConfig()).path == folder, "the user's own copy comes first"
 
 
+def test_an_empty_folder_of_a_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_MP_HOME", str(tmp_path))
+    for name, end in (("smollm2-135m", " to use the installed model"), ("7B", "")):
+        folder = tmp_path / name
+        folder.mkdir()
+        said = refusal(RunConfig(size=name))
+        assert said == f"{folder} is an empty folder: put {name} there, or remove the folder{end}"
+
+
 # ---- what a GGUF file is called --------------------------------------------------------------------------------
 
 

@@ -1,13 +1,16 @@
 """Devices and precisions, decided without having them; cores and memory as the machine counts them."""
 
+import re
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
 from llama_mp import machine
+from llama_mp.config import RunConfig
 from llama_mp.errors import RequestError
 
 Gpu = namedtuple("Gpu", "count capability")
@@ -35,8 +38,34 @@ def test_local_rank_picks_the_device(gpu: Gpu) -> None:
 def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.choose_device("auto", 0, 8) == torch.device("cpu")
-    with pytest.raises(RequestError, match="no CUDA device can be used"):
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    with pytest.raises(RequestError, match="--device cuda, but no NVIDIA driver answers: see nvidia-smi"):
         machine.choose_device("cuda", 0, 1)
+
+
+def test_a_torch_without_cuda_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "NVIDIA_FILES", (tmp_path / "driver", tmp_path / "nvidia0"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.unused_gpu("auto") is None
+    install = "is a CPU build: pip install .* https://pypi.org/simple torch==2"
+    with pytest.raises(RequestError, match=f"--device cuda, but this torch .* {install}"):
+        machine.choose_device("cuda", 0, 1)
+    (tmp_path / "nvidia0").touch()
+    said = machine.unused_gpu("auto")
+    assert re.match(f"the GPU of this machine is not used, this torch .* {install}", said) and "\n" not in said
+    assert machine.unused_gpu("cpu") is None
+    monkeypatch.setattr(torch.version, "cuda", "12.6")  # then a driver that does not answer is no fault of torch
+    assert machine.unused_gpu("auto") is None
+
+
+def test_nvidias_tools_tell_of_a_gpu_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "NVIDIA_FILES", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not machine.has_nvidia()
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert machine.has_nvidia()
 
 
 @pytest.mark.parametrize(
@@ -75,9 +104,10 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [machine.threads_per_rank(n) for n in (1, 2, 4, 8)] == [6, 3, 1, 1]
     monkeypatch.setenv("LLAMA_MP_THREADS", "5")
     assert machine.threads_per_rank(4) == 5
-    monkeypatch.setenv("LLAMA_MP_THREADS", "many")
-    with pytest.raises(RequestError, match="LLAMA_MP_THREADS is 'many'"):
-        machine.threads_per_rank(1)
+    for wrong in ("many", "0", "-1", "1.5"):
+        monkeypatch.setenv("LLAMA_MP_THREADS", wrong)
+        with pytest.raises(RequestError, match=f"LLAMA_MP_THREADS is '{wrong}', but must be a whole number above 0"):
+            RunConfig()
 
 
 def test_peak_memory_is_remembered() -> None:

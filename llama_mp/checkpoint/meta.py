@@ -67,7 +67,7 @@ class MetaSource:
             differ = sorted(first ^ set(tensors))
             if differ:
                 raise RequestError(
-                    f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): not one model"
+                    f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): {ONE_DOWNLOAD}"
                 )
 
     def match_layout(self, checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
@@ -94,9 +94,12 @@ class MetaSource:
         name = "layers.0.feed_forward.w1.weight"
         gate = self.tensors[0].get(name)
         axis, _ = split_of(name, 0)
-        if gate is None or not gate.shape[axis] or self.config.hidden_dim % gate.shape[axis]:
+        if gate is None or not gate.shape[axis]:
             return ""
-        degree, found = self.config.hidden_dim // gate.shape[axis], len(self.files)
+        hidden_dim, num_rows, found = self.config.hidden_dim, gate.shape[axis], len(self.files)
+        degree = -(-hidden_dim // num_rows)
+        if -(-hidden_dim // degree) != num_rows:  # no number of shards, the last one padded, has so many rows
+            return ""
         return f"the tensors are those of {degree} shards, and {found} are here: " if degree != found else ""
 
 
