@@ -118,7 +118,7 @@ class Terminal:
         while select.select([sys.stdin], [], [], 0)[0] and (read := os.read(sys.stdin.fileno(), 1024)):
             keys += read
         text = keys.decode(errors="ignore")
-        before, found, after = text.rpartition(INTERRUPT)
+        _, found, after = text.rpartition(INTERRUPT)
         kept = after if found else self.typed_ahead + text
         self.typed_ahead = "".join(c if c.isprintable() else " " for c in kept)
         return bool(found)

@@ -77,7 +77,7 @@ def test_a_save_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(RequestError, match="talk.json cannot be written: No space left on device"):
+    with pytest.raises(RequestError, match=r"talk\.json cannot be written: No space left on device"):
         spoken(("c", "d")).save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
