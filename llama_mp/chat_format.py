@@ -55,8 +55,8 @@ def render_text(template: str | None, messages: Sequence[Mapping[str, str]], bos
     """The template's text, generation prompt included; the caller has checked and protected the messages."""
     if not template:
         raise RequestError(
-            "the checkpoint has no chat template, which makes it a base model: drop --chat and give a plain prompt; "
-            "if it is a chat model, name its format with --chat_format llama2 or llama3"
+            "the checkpoint has no chat template, which makes it a base model: give infer a plain prompt, without "
+            "--chat; if it is a chat model, name its format with --chat_format llama2 or llama3"
         )
     variables = {
         "messages": messages,

@@ -161,8 +161,8 @@ class RunConfig(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Flags):
-    """What one request asks of the generation."""
+class DrawingConfig(Flags):
+    """How the tokens of an answer are drawn, and when it ends."""
 
     max_gen_len: int = flag(128, "tokens to generate at most")
     temperature: float = flag(0.6, "0 is greedy")
@@ -172,9 +172,6 @@ class SamplingConfig(Flags):
     repetition_penalty: float = flag(1.0, "divides the positive logits of tokens seen, multiplies the negative ones")
     seed: int = flag(1, "the same seed, id and prompt give the same text, whatever runs beside it")
     stop: tuple[str, ...] = flag((), "end at this text, which is left out; may be given several times")
-    logprobs: bool = flag(False, "log-probability of each generated token")
-    prompt_logprobs: bool = flag(False, "log-probability of each prompt token but the first")
-    echo: bool = flag(False, "put the prompt before the completion")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,6 +184,15 @@ class SamplingConfig(Flags):
             raise RequestError(f"--repetition_penalty is {self.repetition_penalty}, but must be between 0.01 and 100")
         if "" in self.stop:
             raise RequestError("--stop is empty, but must be a text of at least one character")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(DrawingConfig):
+    """What one request asks of the generation: also what is returned beside the answer."""
+
+    logprobs: bool = flag(False, "log-probability of each generated token")
+    prompt_logprobs: bool = flag(False, "log-probability of each prompt token but the first")
+    echo: bool = flag(False, "put the prompt before the completion")
 
     def override(self, values: Mapping[str, Any]) -> "SamplingConfig":
         """This request with the flags of one prompts-file line; wrong names and types are errors."""

@@ -30,11 +30,12 @@ class Stats:
 class Engine:
     """Runs the submitted requests to their end, one `step` after the other."""
 
-    def __init__(self, runner: Leader, *, eos_ids: frozenset[int]) -> None:
+    def __init__(self, runner: Leader, *, eos_ids: frozenset[int], stats: Stats | None = None) -> None:
+        """`stats`: those to add to, where several engines share them."""
         self.runner, self.eos_ids = runner, eos_ids
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # by slot
-        self.stats = Stats()
+        self.stats = stats or Stats()
         self.started = time.perf_counter()
 
     def submit(self, request: Request) -> None:

@@ -150,8 +150,7 @@ class LLM:
         waiting = {answer.request: answer for answer in answers if not answer.is_finished}
         num_slots = max(1, min(self.run.max_batch_size, len(waiting)))
         leader = Leader(self.prepare(self.world.tell([num_slots, max_seq_len])), self.world)
-        engine = Engine(leader, eos_ids=self.codec.tokenizer.eos_ids)
-        self.stats = engine.stats
+        engine = Engine(leader, eos_ids=self.codec.tokenizer.eos_ids, stats=self.stats)
         for request in waiting:
             engine.submit(request)
         try:
@@ -165,11 +164,19 @@ class LLM:
             raise
         leader.stop()
 
-    def follow(self) -> None:
-        """Every rank but 0: take part in one `stream`."""
-        runner = self.prepare(self.world.tell(None))
+    def follow(self) -> bool:
+        """Every rank but 0: wait for rank 0's next `stream` and take part in it; False when it dismisses instead."""
+        shape = self.world.tell(None)
+        if shape is None:
+            return False
+        runner = self.prepare(shape)
         with self.world.in_step():
             follow(runner)
+        return True
+
+    def dismiss(self) -> None:
+        """Rank 0: there is nothing more to `follow`."""
+        self.world.tell(None)
 
     def prepare(self, shape: Sequence[int]) -> Runner:
         """A runner over a cache of (slots, positions) `shape`."""

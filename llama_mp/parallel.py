@@ -10,6 +10,8 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,6 +28,9 @@ from llama_mp.machine import choose_device, threads_per_rank, unused_gpu
 
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
+HEARTBEAT_S = 1.0
+LONGEST_POLL_S = 0.05
+LEAST_PATIENCE_S = 30.0  # a machine that is short of memory may let rank 0 sleep for many seconds
 CONTACT = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe|timed out", re.IGNORECASE)
 
 
@@ -39,6 +44,27 @@ class Alone(dist.ProcessGroup):
 dist.Backend.register_backend("alone", lambda store, rank, size, timeout: Alone(rank, size), devices=["cpu", "cuda"])
 
 
+class Heartbeat(threading.Thread):
+    """Counts up a key of the store until `stop`, so that those who wait for this process know that it lives.
+
+    A store serves one call of a process at a time: while another thread waits in it, the heart stands still."""
+
+    KEY = "heartbeat"
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__(daemon=True)
+        self.store, self.stopped = store, threading.Event()
+
+    def run(self) -> None:
+        with contextlib.suppress(dist.DistError):  # without the store there is nobody left to tell
+            while not self.stopped.wait(HEARTBEAT_S):
+                self.store.add(self.KEY, 1)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.join()
+
+
 @dataclass(kw_only=True)
 class World:
     """The ranks of one run; this process is `rank` of `size` and computes on `device`."""
@@ -47,6 +73,8 @@ class World:
     size: int
     device: torch.device
     store: dist.Store
+    patience_s: float = LEAST_PATIENCE_S  # for which rank 0's heart may stand still while the others wait for it
+    heartbeat: Heartbeat | None = None  # of rank 0, where there are others
     num_messages: int = 0  # set-up messages so far; every rank counts alike
     read_keys: list[str] = field(default_factory=list)  # of messages that may be deleted at the next `gather`
 
@@ -55,7 +83,7 @@ class World:
         return self.rank == 0
 
     def tell(self, message: Any) -> Any:
-        """Rank 0's JSON `message`, on every rank. Waits as long as rank 0 takes."""
+        """Rank 0's JSON `message`, on every rank. Waits as long as rank 0 takes, and lives."""
         if self.size == 1:
             return message
         key = self.next_key()
@@ -63,8 +91,19 @@ class World:
             self.store.set(key, json.dumps(message))
             self.read_keys.append(key)
             return message
-        self.store.wait([key], SETUP_TIMEOUT)
+        self.wait_for_leader(key)
         return json.loads(self.store.get(key))
+
+    def wait_for_leader(self, key: str) -> None:
+        """Return when rank 0 has set `key`. Raises LostContact when its heart stands still."""
+        beats, beaten, pause = -1, time.monotonic(), 0.001
+        while not self.store.check([key]):  # polled: torch would print a warning for each `wait` that times out
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_S)
+            if (count := self.store.add(Heartbeat.KEY, 0)) != beats:
+                beats, beaten = count, time.monotonic()
+            elif (silence := time.monotonic() - beaten) > self.patience_s:
+                raise LostContact(f"rank {self.rank} has heard nothing of rank 0 for {silence:.0f} s: start again")
 
     def gather(self, message: Any) -> list[Any]:
         """Every rank's JSON `message`, on every rank, in rank order. Waits for the slowest."""
@@ -124,6 +163,8 @@ class World:
 
     def close(self) -> None:
         """Leave the groups. A world that failed is not closed: its peers may be gone."""
+        if self.heartbeat:
+            self.heartbeat.stop()
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -154,6 +195,10 @@ def connect(run: RunConfig) -> World:
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
     backend = "nccl" if size > 1 and world.device.type == "cuda" else control
     form_model_parallel_group(size, backend, timedelta(seconds=run.step_timeout))
+    world.patience_s = max(run.step_timeout, LEAST_PATIENCE_S)
+    if size > 1 and world.is_leader:
+        world.heartbeat = Heartbeat(store)
+        world.heartbeat.start()
     return world
 
 

@@ -62,7 +62,7 @@ def render(template: str, variables: Mapping[str, Any], budget: int) -> str:
         fault, cause = f"has a fault in line {error.lineno}: {error.message}", error
     except Exception as error:  # the template is a program of somebody else's: it may raise anything
         fault, cause = f"failed ({' '.join(f'{type(error).__name__}: {error}'[:500].split())})", error
-    raise RequestError(f"the chat template {fault}; drop --chat and give a plain prompt") from cause
+    raise RequestError(f"the chat template {fault}; give infer a plain prompt, without --chat") from cause
 
 
 @lru_cache(maxsize=4)

@@ -176,6 +176,22 @@ def silent_rank(step_timeout: float, silence: float) -> str:
         world.close()
 
 
+def patient(patience: float, pause: float, heart_stops: bool) -> str:
+    """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating or not."""
+    world = connect(RunConfig(device="cpu"))
+    world.patience_s = patience
+    try:
+        if world.is_leader:
+            if heart_stops:
+                world.heartbeat.stop()
+            time.sleep(pause)
+        return world.tell("hello" if world.is_leader else None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        world.close()
+
+
 def slow_leader(step_timeout: float, pause: float) -> list[Any]:
     """Rank 0 pauses before it says something: what the ranks are told. A person at the terminal takes longer."""
     world = connect(RunConfig(device="cpu", step_timeout=step_timeout))

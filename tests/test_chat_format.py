@@ -93,7 +93,7 @@ def test_long_conversations_are_within_the_budget(template: str) -> None:
 
 @pytest.mark.parametrize("absent", [None, ""])
 def test_base_model_has_no_template(absent: str | None, tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError, match="base model: drop --chat"):
+    with pytest.raises(RequestError, match="base model: give infer a plain prompt"):
         render_chat(absent, QUESTION, tokenizer)
 
 

@@ -28,6 +28,7 @@ from kinds import gguf_of_sentencepiece
 from running import ROOT, run
 
 from llama_mp.batch import InferFlags
+from llama_mp.chat import ChatFlags
 from llama_mp.cli import describe
 
 DOCS = ROOT / "docs"
@@ -124,7 +125,7 @@ def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
     named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
-    assert named - OTHER_FLAGS <= set(describe(InferFlags))
+    assert named - OTHER_FLAGS <= {*describe(InferFlags), *describe(ChatFlags)}
     assert f"(docs/{page})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -38,6 +38,9 @@ WITH_TORCH = [
 ]
 WITHOUT_TORCH = [
     "llama_mp.batch",
+    "llama_mp.chat",
+    "llama_mp.terminal",
+    "llama_mp.conversation",
     "llama_mp.answer",
     "llama_mp.request",
     "llama_mp.tokenizer_files",

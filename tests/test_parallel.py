@@ -54,6 +54,17 @@ def test_the_others_wait_for_rank_0_however_long_it_takes(ranks: Ranks) -> None:
     assert ranks.run(2, jobs.slow_leader, step_timeout=0.5, pause=2.0) == [["hello", 7]] * 2
 
 
+def test_the_others_wait_as_long_as_the_heart_of_rank_0_beats(ranks: Ranks) -> None:
+    assert ranks.run(3, jobs.patient, patience=3.0, pause=8.0, heart_stops=False) == ["hello"] * 3
+
+
+def test_the_others_leave_when_the_heart_of_rank_0_stands_still(ranks: Ranks) -> None:
+    told = ranks.run(3, jobs.patient, patience=3.0, pause=8.0, heart_stops=True)
+    assert told[0] == "hello"
+    for rank in (1, 2):
+        assert told[rank].startswith(f"LostContact: rank {rank} has heard nothing of rank 0 for ")
+
+
 def test_one_model_at_a_time() -> None:
     script = """
 from llama_mp import LLM

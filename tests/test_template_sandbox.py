@@ -66,7 +66,7 @@ def test_template_that_refuses_gives_its_own_message() -> None:
 def test_faulty_template_is_one_line(source: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         show(source, "x")
-    assert "\n" not in str(caught.value) and "drop --chat" in str(caught.value)
+    assert "\n" not in str(caught.value) and "without --chat" in str(caught.value)
 
 
 @pytest.mark.parametrize(
