@@ -4,6 +4,7 @@ The oracle is Hugging Face's LlamaForCausalLM. Its q and k rows stand in halves 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from llama_mp.config import ModelConfig, RopeScaling
 from llama_mp.layout import Shard, global_shapes, shards
 from llama_mp.locate import Checkpoint, config_of, files_of
 from llama_mp.params_json import params_of
+from llama_mp.rope import scaled_frequencies
 
 VOCAB_SIZE = 331  # prime: padded at every degree
 
@@ -168,6 +170,9 @@ def write_gguf(
 ) -> Path:
     """A GGUF file, written by the gguf package, its matrices quantized as `kind`; without a tokenizer."""
     writer = gguf_writer(path, config)
+    if config.rope_scaling:  # as llama.cpp has it: what each frequency is divided by
+        factors = scaled_frequencies(replace(config, rope_scaling=None)) / scaled_frequencies(config)
+        writer.add_tensor("rope_freqs.weight", factors.numpy())
     for name, tensor in tensors.items():
         plain = tensor.dim() == 1
         data = tensor.numpy() if plain else gguf.quants.quantize(tensor.numpy(), kind)

@@ -1,5 +1,6 @@
 """The whole way from a checkpoint to tokens against Hugging Face's LlamaForCausalLM, at every degree."""
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from factory import MODELS, hugging_face, meta_tensors, tiny, write_gguf, write_hf, write_meta
 from ranks import Ranks
 
-from llama_mp.config import ModelConfig, load_size
+from llama_mp.config import ModelConfig, RopeScaling, load_size
 
 DEGREES = (1, 2, 3, 4, 8)
 PROMPT = [1, 17, 300, 4, 250, 99, 42, 330, 5, 6, 7]
@@ -73,11 +74,18 @@ def test_52_heads_at_mp_8(ranks: Ranks, root: Path, tokenizer_file: Path) -> Non
     assert relative_error(found.logits, logits) <= 1e-4
 
 
-@pytest.mark.parametrize("mp", [1, 3])
-def test_gguf_equals_hugging_face(ranks: Ranks, root: Path, tokenizer_file: Path, mp: int) -> None:
-    config = MODELS["tied"]
+# A GGUF file states the factor of Llama 3's scaling alone; its other constants are those of Llama 3.1.
+GGUF_MODELS = MODELS | {"rope": replace(MODELS["rope"], rope_scaling=RopeScaling(factor=8.0), rope_theta=500000.0)}
+
+
+@pytest.mark.parametrize("mp", DEGREES)
+@pytest.mark.parametrize("name", GGUF_MODELS)
+def test_gguf_equals_hugging_face(ranks: Ranks, root: Path, tokenizer_file: Path, name: str, mp: int) -> None:
+    config = GGUF_MODELS[name]
     logits, tokens = oracle(config)
-    path = write_gguf(root / "tied.gguf", config, meta_tensors(hugging_face(config)), gguf.GGMLQuantizationType.F32)
+    path = root / f"{name}.gguf"
+    if not path.exists():
+        write_gguf(path, config, meta_tensors(hugging_face(config)), gguf.GGMLQuantizationType.F32)
     [found] = ranks.run(mp, jobs.ask, paths=[path], tokenizer=tokenizer_file, prompt=PROMPT, num_tokens=NUM_TOKENS)[0]
     assert found.tokens == tokens
     assert relative_error(found.logits, logits) <= 1e-4
