@@ -149,6 +149,18 @@ def test_under_torchrun_what_rank_1_alone_refuses_is_said_once(cut: Path, tiny: 
     assert rank == "rank 1" and is_cut(text, cut)
 
 
+# ---- shared memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small /dev/shm, in a namespace of its own")
+def test_a_dev_shm_of_4_kb_is_enough(tiny: Path) -> None:
+    """Containers have 64 MB of it; ranks on a CPU need none."""
+    small = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"'
+    flags = ["--mp", "2", "--ckpt_dir", tiny, "--prompt", "Hi", "--max_gen_len", "4"]
+    done = run("unshare", "--mount", "sh", "-c", small, "sh", sys.executable, INFER, *flags)
+    assert done.code == 0, done.stderr
+
+
 # ---- ports -------------------------------------------------------------------------------------------------------
 
 
