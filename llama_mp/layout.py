@@ -49,8 +49,12 @@ class Shard:
         return rows * cols
 
     @property
+    def num_placed(self) -> int:
+        return sum(len(p.rows) * len(p.cols) for p in self.placements)
+
+    @property
     def is_padded(self) -> bool:
-        return self.num_elements > sum(len(p.rows) * len(p.cols) for p in self.placements)
+        return self.num_elements > self.num_placed
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

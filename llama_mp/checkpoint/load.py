@@ -45,7 +45,7 @@ def load_shard(shard: Shard, source: Source, *, dtype: torch.dtype, device: torc
             target.copy_(part if part.dim() == 2 else part.unsqueeze(1))
             num_filled += part.numel()
     # Placements do not overlap, so the count proves that every element was filled, or is padding made zero above.
-    assert num_filled == shard.num_elements or shard.is_padded, f"{shard.name}: {num_filled} elements filled"
+    assert num_filled == shard.num_placed, f"{shard.name}: {num_filled} of {shard.num_placed} elements filled"
     return parameter
 
 
