@@ -14,12 +14,11 @@ from tqdm import tqdm
 from llama_mp.answer import Answer, Codec, prompt_text
 from llama_mp.config import RunConfig, SamplingConfig
 from llama_mp.errors import RequestError
+from llama_mp.files import sample_digest
 from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
 from llama_mp.output import Output, fingerprint
 from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt, read_prompts_file, read_standard_input
-
-DIGEST_SAMPLES, DIGEST_BLOCK_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +149,6 @@ def identity(flags: InferFlags, checkpoint: Checkpoint, codec: Codec, prompts: l
         "config": asdict(replace(checkpoint.config, name="")),  # a name may be that of the folder
     }
     return fingerprint(model=model, flags={name: getattr(flags, name) for name in names}, prompts=prompts)
-
-
-def sample_digest(file: Path) -> str:
-    """A digest of a file's size and of DIGEST_SAMPLES blocks of it: another model's differs, a copy's does not."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for sample in range(DIGEST_SAMPLES):
-            opened.seek(size * sample // DIGEST_SAMPLES)
-            digest.update(opened.read(DIGEST_BLOCK_BYTES))
-    return digest.hexdigest()[:32]
 
 
 def print_one(answer: Answer, stream: Iterable[tuple[Answer, str]]) -> None:

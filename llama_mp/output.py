@@ -5,8 +5,6 @@ in place before the first line, so lines without it are somebody else's. An empt
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from llama_mp.errors import RequestError, RunError
+from llama_mp.files import lock, write_whole
 from llama_mp.prompts import Prompt
 
 
@@ -53,7 +52,7 @@ class Output:
         is_new = not os.path.exists(path)  # unlike Path.exists, False too for a name that cannot be one
         self._file = _open(path)
         try:
-            _lock(self._file, path)
+            lock(self._file, path)
             self._adopt(json.loads(json.dumps(fingerprint)))  # as it will be read back: tuples are lists
         except OSError as error:
             if is_new:
@@ -101,7 +100,7 @@ class Output:
     def _adopt(self, wanted: dict[str, Any]) -> None:
         """Take over what the locked file holds: every check first, every change after."""
         if os.fstat(self._file).st_size == 0:
-            _write_whole(self.run_path, wanted)
+            write_whole(self.run_path, f"{json.dumps(wanted, indent=2)}\n".encode())
             return
         self._check_same_run(wanted)
         end_bytes = self._read_done()
@@ -165,43 +164,11 @@ def _open(path: Path) -> int:
         raise _request_error(error, path) from error
 
 
-def _lock(file: int, path: Path) -> None:
-    """Hold `file` until it is closed; the kernel lets go of it when the process dies."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RequestError(f"another run is writing {path}; wait for its end, or give another --output") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-            raise
-        raise RequestError(f"--output {path}: this file system has no locks; give a path on another one") from error
-
-
 def _request_error(error: OSError, path: Path) -> RequestError:
     return RequestError(
         f"--output: {error.filename or path} cannot be opened for reading and writing: {error.strerror}; "
         "give another path, or put that right"
     )
-
-
-def _write_whole(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as JSON so that `path` is, at any moment, as it was or complete. The caller holds the lock."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk lets a file begin, and takes none of its bytes
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # a rename lasts once its folder is on disk
-    finally:
-        os.close(folder)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -65,6 +65,7 @@ WITHOUT_TORCH = [
     "llama_mp.layout",
     "llama_mp.config",
     "llama_mp.flags",
+    "llama_mp.files",
     "llama_mp.errors",
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH

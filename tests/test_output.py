@@ -1,6 +1,7 @@
 """Each id exactly once, through kills, full disks and second writers; a refused run changes nothing."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from llama_mp import output
 from llama_mp.config import SamplingConfig
 from llama_mp.errors import RequestError, RunError
 from llama_mp.output import Output, fingerprint
@@ -212,7 +212,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def lock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(output.fcntl, "flock", lock)
+    monkeypatch.setattr(fcntl, "flock", lock)
     with pytest.raises(RequestError, match="this file system has no locks"):
         Output(tmp_path / "o", RUN)
 

@@ -1,0 +1,61 @@
+"""Files that several runs may want: locked by one of them, written whole or not at all, known by a digest."""
+
+import errno
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+from llama_mp.errors import RequestError
+
+DIGEST_SAMPLES, DIGEST_BLOCK_BYTES = 16, 65536
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def lock(file: int, path: Path) -> None:
+    """Hold `file`, open at `path`, until it is closed; the kernel lets go of it when the process dies.
+
+    Raises RequestError when another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RequestError(f"another run is writing {path}; wait for its end, or give another --output") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        raise RequestError(f"--output {path}: this file system has no locks; give a path on another one") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Let `path` hold `content`: it is, at any moment, as it was or complete. One writer at a time."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk lets a file begin, and takes none of its bytes
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's names (a rename lasts once they are), on disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sample_digest(file: Path) -> str:
+    """A digest of a file's size and of DIGEST_SAMPLES blocks of it: another model's differs, a copy's does not."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for sample in range(DIGEST_SAMPLES):
+            opened.seek(size * sample // DIGEST_SAMPLES)
+            digest.update(opened.read(DIGEST_BLOCK_BYTES))
+    return digest.hexdigest()[:32]
