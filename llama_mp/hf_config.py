@@ -83,7 +83,7 @@ def read_hf_config(path: Path) -> ModelConfig:
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from error
     known = known_equal(config)
-    return replace(config, name=known.name) if known else config
+    return replace(config, name=known.name, embedding_axis=known.embedding_axis) if known else config
 
 
 def name_of(folder: Path) -> str:

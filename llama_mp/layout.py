@@ -221,6 +221,19 @@ def chunk_runs(total: int, rank: int, mp: int) -> tuple[int, list[tuple[Span, in
     return length, [(span, 0)] if len(span) else []
 
 
+def padded_sizes(config: ModelConfig, mp: int) -> dict[str, int]:
+    """The sizes of which mp ranks together hold more than the model has, with what they hold: zeros fill them up,
+    and KV heads are there several times."""
+    num_kv, num_queries = heads_per_rank(config, mp)
+    held = {
+        "num_heads": num_queries * mp,
+        "num_kv_heads": num_kv * mp,
+        "hidden_dim": padded(config.hidden_dim, mp),
+        "vocab_size": padded(config.vocab_size, mp),
+    }
+    return {name: size for name, size in held.items() if size != getattr(config, name)}
+
+
 def padded(total: int, multiple: int) -> int:
     """The least multiple of `multiple` that is >= `total`."""
     return -(-total // multiple) * multiple

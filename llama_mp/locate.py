@@ -12,7 +12,7 @@ from llama_mp.config import DEFAULT_SIZE, ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
 from llama_mp.hf_config import read_hf_config
-from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_object, read_params
+from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_object, read_params, stated_degree
 
 Kind = Literal["meta", "hf", "gguf"]
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -127,14 +127,14 @@ def files_of(path: Path) -> tuple[Kind, tuple[Path, ...]]:
 
 
 def check_numbering(path: Path, shards: Sequence[Path]) -> None:
-    """Raise RequestError unless the shards are numbered 00, 01, ... and params.json stands beside them."""
+    """Raise RequestError unless the shards are numbered 00, 01, ... up to the degree, and params.json stands by."""
     found = [shard.name for shard in shards]
-    last = int(SHARD_NAME.fullmatch(found[-1])[1])
-    missing = sorted({f"consolidated.{i:02d}.pth" for i in range(last + 1)} - set(found))
-    if missing:
-        raise RequestError(f"{path} lacks {', '.join(missing)} of {last + 1} shards: copy what is missing there")
     if not (path / "params.json").is_file():
         raise RequestError(f"{path} lacks params.json: copy it there from the same download")
+    count = max(int(SHARD_NAME.fullmatch(found[-1])[1]) + 1, stated_degree(path / "params.json") or 0)
+    missing = sorted({f"consolidated.{i:02d}.pth" for i in range(count)} - set(found))
+    if missing:
+        raise RequestError(f"{path} lacks {', '.join(missing)} of {count} shards: copy what is missing there")
 
 
 def safetensors_files(path: Path) -> tuple[Path, ...]:
@@ -201,7 +201,7 @@ def config_from_gguf(path: Path, file: Path) -> ModelConfig:
     except (KeyError, TypeError) as error:
         raise RequestError(f"{file} is not a whole llama model: metadata {error}; download it again") from error
     known = known_equal(config)
-    return replace(config, name=known.name) if known else config
+    return replace(config, name=known.name, embedding_axis=known.embedding_axis) if known else config
 
 
 def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:

@@ -5,14 +5,17 @@ we write hold what is missing under one key of their own, which Meta's keys besi
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llama_mp.config import ModelConfig, RopeScaling, config_from_mapping, load_size, size_names
 from llama_mp.errors import RequestError
+from llama_mp.layout import padded_sizes
 
 OWN_KEY = "llama_mp"
+SHARDS_KEY = "shards"  # below our own: how the folder is cut
 REQUIRED = ("dim", "n_layers", "n_heads")
 TYPES = {
     **dict.fromkeys((*REQUIRED, "n_kv_heads", "multiple_of", "vocab_size"), int),
@@ -31,13 +34,21 @@ def read_params(path: Path) -> ModelConfig:
     """The architecture that `path`, a params.json, states; named after the known size that it equals."""
     values = read_object(path)
     check_values(path, values)
-    own = values.get(OWN_KEY) or {}
+    own = {key: value for key, value in (values.get(OWN_KEY) or {}).items() if key != SHARDS_KEY}
     fields = own | meta_fields(values, own) | {"name": own.get("name", path.absolute().parent.name)}
     try:
         config = config_from_mapping(fields)
     except TypeError as error:
         raise RequestError(f"{path}: {OWN_KEY} does not describe a model ({error}); write the folder again") from error
     return config if own else complete_from_known(config, values)
+
+
+def stated_degree(path: Path) -> int | None:
+    """The number of shards that `path`, a params.json, says there are; Meta's own does not say."""
+    own = read_object(path).get(OWN_KEY)
+    cut = own.get(SHARDS_KEY) if isinstance(own, dict) else None
+    mp = cut.get("mp") if isinstance(cut, dict) else None
+    return mp if type(mp) is int else None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -80,7 +91,7 @@ def has_type(value: Any, kind: type) -> bool:
 def meta_fields(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """ModelConfig's fields from Meta's keys."""
     given = {key: value for key, value in values.items() if value is not None}
-    vocab_size = given.get("vocab_size", -1)
+    vocab_size = given.get("vocab_size", -1)  # -1, in LLaMA 1 and 2: the tokenizer's
     fields = {
         "dim": given["dim"],
         "num_layers": given["n_layers"],
@@ -88,7 +99,7 @@ def meta_fields(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         "num_kv_heads": given.get("n_kv_heads", given["n_heads"]),
         "hidden_dim": own.get("hidden_dim")
         or hidden_dim(given["dim"], given.get("multiple_of", 256), given.get("ffn_dim_multiplier")),
-        "vocab_size": vocab_size if vocab_size > 0 else UNKNOWN_VOCAB,
+        "vocab_size": vocab_size if vocab_size > 0 else own.get("vocab_size", UNKNOWN_VOCAB),
         "norm_eps": given.get("norm_eps", 1e-5),
         "rope_theta": float(given.get("rope_theta", 10000.0)),
     }
@@ -110,7 +121,7 @@ def hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def complete_from_known(config: ModelConfig, values: dict[str, Any]) -> ModelConfig:
-    """`config` with the name, context length and rope scaling of the model in configs/ that it equals, if any."""
+    """`config` with what Meta's keys leave out, of the model in configs/ that it equals, if any."""
     known = known_equal(config)
     if known is None:
         return config
@@ -118,7 +129,12 @@ def complete_from_known(config: ModelConfig, values: dict[str, Any]) -> ModelCon
     if scaling and "rope_scaling_factor" not in values:
         scaling = known.rope_scaling or scaling
     return replace(
-        config, name=known.name, context_length=known.context_length, native_mp=known.native_mp, rope_scaling=scaling
+        config,
+        name=known.name,
+        context_length=known.context_length,
+        native_mp=known.native_mp,
+        embedding_axis=known.embedding_axis,
+        rope_scaling=scaling,
     )
 
 
@@ -149,13 +165,23 @@ def differences(config: ModelConfig, known: ModelConfig) -> list[str]:
     return [f"{name} {a}, not {b}" for name, a, b in pairs if a != b]
 
 
-def params_of(config: ModelConfig, *, embedding_axis: int) -> dict[str, Any]:
-    """The params.json of a Meta folder of `config`: Meta's keys, and under our own all that they cannot say.
+def params_of(
+    config: ModelConfig, *, mp: int, embedding_axis: int, original: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The params.json of a Meta folder of `config` in mp shards, embeddings split on `embedding_axis`.
 
-    Meta's loader multiplies out the feed-forward width from multiple_of 1 and a multiplier made to give it."""
-    own = asdict(replace(config, embedding_axis=embedding_axis))
+    Meta's keys, as in the `original` if there is one, and under our own all that they cannot say: the model
+    (`config.embedding_axis` is that of Meta's own files, whatever this folder's), and how the folder is cut."""
+    own = asdict(config) | {
+        SHARDS_KEY: {"mp": mp, "embedding_axis": embedding_axis, "padded_sizes": padded_sizes(config, mp)}
+    }
+    return {**(original or meta_keys(config)), OWN_KEY: own}
+
+
+def meta_keys(config: ModelConfig) -> dict[str, Any]:
+    """Meta's own keys: its loader multiplies out the feed-forward width from multiple_of 1 and a multiplier for it."""
     base = int(2 * (4 * config.dim) / 3)
-    params = {
+    keys = {
         "dim": config.dim,
         "n_layers": config.num_layers,
         "n_heads": config.num_heads,
@@ -167,5 +193,5 @@ def params_of(config: ModelConfig, *, embedding_axis: int) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
     }
     if isinstance(config.rope_scaling, RopeScaling):
-        params["use_scaled_rope"] = True
-    return params | {OWN_KEY: own}
+        keys["use_scaled_rope"] = True
+    return keys

@@ -130,7 +130,7 @@ def write_meta(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tenso
     for rank in range(mp):
         held = shards(config, rank, mp, embedding_axis=axis)
         torch.save({name: cut(shard, tensors) for name, shard in held.items()}, folder / f"consolidated.{rank:02d}.pth")
-    (folder / "params.json").write_text(json.dumps(params_of(config, embedding_axis=axis)))
+    (folder / "params.json").write_text(json.dumps(params_of(config, mp=mp, embedding_axis=axis)))
     return folder
 
 

@@ -33,7 +33,7 @@ def meta_folder(folder: Path, num_shards: int = 1, config: ModelConfig = CONFIG)
     folder.mkdir(parents=True)
     for rank in range(num_shards):
         (folder / f"consolidated.{rank:02d}.pth").touch()
-    (folder / "params.json").write_text(json.dumps(params_of(config, embedding_axis=0)))
+    (folder / "params.json").write_text(json.dumps(params_of(config, mp=1, embedding_axis=0)))
     (folder / "tokenizer.model").touch()
     return folder
 

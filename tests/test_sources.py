@@ -82,7 +82,7 @@ def test_meta_precision(tmp_path: Path, matrices: torch.dtype | None, precision:
     if matrices is None:
         tensors["output.weight"] = tensors["output.weight"].bfloat16()
     torch.save(tensors, tmp_path / "consolidated.00.pth")
-    (tmp_path / "params.json").write_text(json.dumps(params_of(ODD, embedding_axis=0)))
+    (tmp_path / "params.json").write_text(json.dumps(params_of(ODD, mp=1, embedding_axis=0)))
     assert open_source(checkpoint(tmp_path)).precision == precision
 
 
@@ -131,7 +131,7 @@ def test_missing_and_unknown_tensors_are_listed_in_one_line(tmp_path: Path) -> N
 
 def test_a_long_list_is_cut_and_counted(tmp_path: Path) -> None:
     write_meta(tmp_path, ODD, random_tensors(ODD), 1)
-    (tmp_path / "params.json").write_text(json.dumps(params_of(replace(ODD, num_layers=3), embedding_axis=0)))
+    (tmp_path / "params.json").write_text(json.dumps(params_of(replace(ODD, num_layers=3), mp=1, embedding_axis=0)))
     said = refusal(tmp_path)
     assert said.count(" is missing") == 5
     assert "; and 4 more; check that all its files come from one download" in said
@@ -167,6 +167,10 @@ def test_the_last_shards_missing_is_said_to_be_that(
     write_meta(tmp_path, config, random_tensors(config), mp)
     for rank in range(left, mp):
         (tmp_path / f"consolidated.{rank:02d}.pth").unlink()
+    assert f"lacks consolidated.{left:02d}.pth" in refusal(tmp_path)  # a folder of ours says its degree
+    params = json.loads((tmp_path / "params.json").read_text())
+    del params["llama_mp"]["shards"]  # Meta's does not
+    (tmp_path / "params.json").write_text(json.dumps(params))
     assert f"the tensors are those of {mp} shards, and {left} are here: check that params.json" in refusal(tmp_path)
 
 
