@@ -4,7 +4,6 @@ Every class checks itself: an impossible value is a RequestError that names the 
 Fields made by `flag` carry their help text, so that a command line can be built from the class (cli.py).
 """
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_mp.cores import threads_asked
 from llama_mp.errors import RequestError, did_you_mean
 from llama_mp.flags import Flags, check_at_least, checked, flag
 
@@ -126,14 +126,6 @@ def config_from_mapping(values: Mapping[str, Any]) -> ModelConfig:
     if strange:
         raise RequestError(f"model {values.get('name')}: unknown keys of rope_scaling {strange}")
     return ModelConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-
-
-def threads_asked() -> int | None:
-    """LLAMA_MP_THREADS: how many threads a rank computes with; None when it is not set."""
-    given = os.environ.get("LLAMA_MP_THREADS")
-    if given and not (given.isdecimal() and int(given) > 0):
-        raise RequestError(f"LLAMA_MP_THREADS is {given!r}, but must be a whole number above 0")
-    return int(given) if given else None
 
 
 @dataclass(frozen=True, kw_only=True)

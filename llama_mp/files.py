@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from llama_mp.errors import RequestError
 
@@ -39,6 +41,11 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)  # a full disk lets a file begin, and takes none of its bytes
         raise
     sync(path.parent)
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as the JSON of a small file, for people too."""
+    return f"{json.dumps(value, indent=2)}\n".encode()
 
 
 def sync(path: Path) -> None:

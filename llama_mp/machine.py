@@ -1,14 +1,12 @@
 """What this machine offers a rank: its device, its precision, its cores; and how much memory the rank took."""
 
-import math
-import os
 import shutil
 import threading
 from pathlib import Path
 
 import torch
 
-from llama_mp.config import threads_asked
+from llama_mp.cores import cores_at_hand, threads_asked
 from llama_mp.errors import RequestError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,17 +70,6 @@ def choose_dtype(wanted: str, precision: str, device: torch.device) -> torch.dty
 def threads_per_rank(local_size: int) -> int:
     """LLAMA_MP_THREADS, else the cores at hand shared among this machine's ranks."""
     return threads_asked() or max(1, cores_at_hand() // local_size)
-
-
-def cores_at_hand() -> int:
-    """Cores that this process may run on, the CPU quota of its control group (containers) included."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "200000 100000": microseconds per period
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, math.ceil(int(limit) / int(period)))
-    return cores
 
 
 class PeakMemory:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from llama_mp.errors import RequestError, RunError
-from llama_mp.files import lock, write_whole
+from llama_mp.files import json_bytes, lock, write_whole
 from llama_mp.prompts import Prompt
 
 
@@ -100,7 +100,7 @@ class Output:
     def _adopt(self, wanted: dict[str, Any]) -> None:
         """Take over what the locked file holds: every check first, every change after."""
         if os.fstat(self._file).st_size == 0:
-            write_whole(self.run_path, f"{json.dumps(wanted, indent=2)}\n".encode())
+            write_whole(self.run_path, json_bytes(wanted))
             return
         self._check_same_run(wanted)
         end_bytes = self._read_done()

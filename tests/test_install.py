@@ -66,6 +66,7 @@ WITHOUT_TORCH = [
     "llama_mp.config",
     "llama_mp.flags",
     "llama_mp.files",
+    "llama_mp.cores",
     "llama_mp.errors",
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH

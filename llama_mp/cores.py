@@ -1,0 +1,26 @@
+"""How many cores a process may compute with."""
+
+import math
+import os
+from pathlib import Path
+
+from llama_mp.errors import RequestError
+
+
+def threads_asked() -> int | None:
+    """LLAMA_MP_THREADS: how many threads a rank computes with; None when it is not set."""
+    given = os.environ.get("LLAMA_MP_THREADS")
+    if given and not (given.isdecimal() and int(given) > 0):
+        raise RequestError(f"LLAMA_MP_THREADS is {given!r}, but must be a whole number above 0")
+    return int(given) if given else None
+
+
+def cores_at_hand() -> int:
+    """Cores that this process may run on, the CPU quota of its control group (containers) included."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "200000 100000": microseconds per period
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, math.ceil(int(limit) / int(period)))
+    return cores
