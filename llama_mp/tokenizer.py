@@ -19,6 +19,7 @@ SENTINEL = "\ufdd0"
 class Tokenizer(ABC):
     """What every kind offers.
 
+    tokens, types: by id, as vocabulary.py has them.
     vocab_size: number of ids the tokenizer knows (a model's embedding may have more rows).
     bos_id, eos_id: None where the model has none; bos_token, eos_token: their texts, or "".
     eos_ids: every id that ends a generation, eos_id among them.
@@ -26,12 +27,12 @@ class Tokenizer(ABC):
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._tokens, self._types = vocabulary.tokens, vocabulary.types
+        self.tokens, self.types = vocabulary.tokens, vocabulary.types
         self.vocab_size = len(vocabulary.tokens)
         self.bos_id, self.eos_id, self.adds_bos = vocabulary.bos_id, vocabulary.eos_id, vocabulary.adds_bos
-        self.bos_token = "" if self.bos_id is None else self._tokens[self.bos_id]
-        self.eos_token = "" if self.eos_id is None else self._tokens[self.eos_id]
-        self.special = {self._tokens[i]: i for i, kind in enumerate(self._types) if kind == CONTROL}
+        self.bos_token = "" if self.bos_id is None else self.tokens[self.bos_id]
+        self.eos_token = "" if self.eos_id is None else self.tokens[self.eos_id]
+        self.special = {self.tokens[i]: i for i, kind in enumerate(self.types) if kind == CONTROL}
         ends = {self.eos_id, *vocabulary.other_end_ids, *(self.special.get(text) for text in END_TEXTS)}
         self.eos_ids: frozenset[int] = frozenset(ends - {None})
         longest_first = sorted(self.special, key=len, reverse=True)
@@ -80,7 +81,7 @@ class Tokenizer(ABC):
         assert token_id >= 0
         if token_id >= self.vocab_size:
             return b""
-        text, kind = self._tokens[token_id], self._types[token_id]
+        text, kind = self.tokens[token_id], self.types[token_id]
         if kind == CONTROL:
             return b""
         if kind == UNKNOWN:

@@ -1,5 +1,6 @@
 """GPT-2's and Llama 3's kind of tokenizer: byte-pair encoding of the bytes of words."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,10 @@ class ByteLevelTokenizer(Tokenizer):
         if text in self._user_defined:  # written as it is, not in the byte alphabet
             return text.encode()
         return letters_to_bytes(text)
+
+    def pipeline(self) -> dict[str, Any]:
+        """The object of a tokenizer.json, as far as it has to do with texts: without the control tokens."""
+        return json.loads(self._library.to_str())
 
 
 def letters_to_bytes(text: str) -> bytes:

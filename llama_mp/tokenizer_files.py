@@ -35,12 +35,16 @@ def read_tokenizer(
         metadata = read_header(path).metadata
         tokenizer, template = tokenizer_from_gguf(metadata), metadata.get("tokenizer.chat_template")
     else:
-        folders = [path.parent] + ([checkpoint] if checkpoint and checkpoint.is_dir() else [])
-        settings = read_settings(folders)
+        settings = read_settings(folders_of_settings(path, checkpoint))
         tokenizer, template = load_tokenizer(path, settings), settings.template
         if template is None and kind == "tiktoken":
             template = built_in_template("llama3", tokenizer)
     return tokenizer, template if chat_format == "auto" else built_in_template(chat_format, tokenizer)
+
+
+def folders_of_settings(path: Path, checkpoint: Path | None) -> list[Path]:
+    """Where the small files that go with the tokenizer `path` are looked for, the first place first."""
+    return [path.parent] + ([checkpoint] if checkpoint and checkpoint.is_dir() else [])
 
 
 def load_tokenizer(path: Path, settings: Settings | None = None) -> Tokenizer:

@@ -29,6 +29,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _text_bytes(self, text: str) -> bytes:
         return piece_to_bytes(text)
 
+    def model(self) -> ModelProto:
+        """The model in use, whatever it came from: the content of a tokenizer.model."""
+        return ModelProto.FromString(self._processor.serialized_model_proto())
+
 
 def piece_to_bytes(text: str) -> bytes:
     return text.replace("▁", " ").encode()

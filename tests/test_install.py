@@ -43,6 +43,7 @@ WITHOUT_TORCH = [
     "llama_mp.conversation",
     "llama_mp.answer",
     "llama_mp.request",
+    "llama_mp.tokenizer_export",
     "llama_mp.tokenizer_files",
     "llama_mp.chat_format",
     "llama_mp.template_sandbox",
