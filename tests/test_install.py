@@ -54,6 +54,7 @@ WITHOUT_TORCH = [
     "llama_mp.tokenizer",
     "llama_mp.vocabulary",
     "llama_mp.cli",
+    "llama_mp.stdout",
     "llama_mp.output",
     "llama_mp.prompts",
     "llama_mp.launcher",
