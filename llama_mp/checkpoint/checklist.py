@@ -1,4 +1,4 @@
-"""checklist.chk: the MD5 of each file, as Meta sends them beside its shards and `md5sum` writes them. Needs no torch."""
+"""checklist.chk: the MD5 of each file, as Meta sends it beside the shards and `md5sum` writes it. Needs no torch."""
 
 import re
 from pathlib import Path

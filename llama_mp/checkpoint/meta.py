@@ -63,14 +63,16 @@ class MetaSource:
 
     def check_same_names(self) -> None:
         """Raise DamagedError when a shard holds other tensors than the first."""
-        first = set(self.tensors[0])
+        first, first_file = set(self.tensors[0]), self.files[0].name
         for file, tensors in zip(self.files, self.tensors, strict=True):
             differ = sorted(first ^ set(tensors))
             if differ:
                 raise DamagedError(
-                    f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): {ONE_DOWNLOAD}",
+                    f"{file} and {first_file} hold different tensors ({differ[0]}): {ONE_DOWNLOAD}",
                     [
-                        Fault(file.name, name, f"is {'not ' if name in tensors else ''}in {self.files[0].name}")
+                        Fault(
+                            file.name, name, f"is {'not' if name in tensors else 'missing here, but'} in {first_file}"
+                        )
                         for name in differ
                     ],
                 )

@@ -156,9 +156,9 @@ def scan(tensor: Stored, shared: set[Region]) -> tuple[list[Fault], list[Copy]]:
         return [Fault(tensor.file, tensor.name, str(error))], []
     faults = []
     if odd.count:
-        faults.append(f"{odd.count} values are not finite, the first at {odd.place}: {value}")
+        faults.append(f"{odd.count} not finite, the first at {odd.place}: {value}")
     if filled.count:
-        faults.append(f"{filled.count} values of the padding are not zero, the first at {filled.place}")
+        faults.append(f"{filled.count} not zero in the padding, the first at {filled.place}")
     copies = [Copy(region_of(p), tensor.file, hasher.hexdigest()) for p, hasher in hashers.items()]
     return [Fault(tensor.file, tensor.name, text) for text in faults], copies
 

@@ -53,8 +53,8 @@ class Report:
     @property
     def failure(self) -> str | None:
         """The error's text, None when nothing is wrong."""
-        told = [f"{counted(self.check.faults, 'fault')} in {self.path}"] if self.check.faults else []
-        told += [f"{counted(self.differences, 'difference')} from {self.against}"] if self.differences else []
+        told = [f"{counted(len(self.check.faults), 'fault')} in {self.path}"] if self.check.faults else []
+        told += [f"{counted(len(self.differences), 'difference')} from {self.against}"] if self.differences else []
         remedy = "get what is named again" if self.check.faults else "keep the one that you trust"
         return f"{' and '.join(told)}: {remedy}" if told else None
 
@@ -63,9 +63,11 @@ class Report:
         if self.failure:
             return [str(fault) for fault in (*self.check.faults, *self.differences)]
         method, _, num_files, num_tensors, num_bytes = self.check
-        tensors = "" if num_tensors is None else f", {num_tensors} tensors"
+        tensors = "" if num_tensors is None else f", {counted(num_tensors, 'tensor')}"
         equal = f"; equal to {self.against} in every value" if self.against else ""
-        return [f"{self.path} is whole: {num_files} files{tensors}, {num_bytes} bytes; {MEANING[method]}{equal}"]
+        return [
+            f"{self.path} is whole: {counted(num_files, 'file')}{tensors}, {num_bytes} bytes; {MEANING[method]}{equal}"
+        ]
 
     @property
     def as_json(self) -> str:
@@ -81,8 +83,8 @@ class Report:
         )
 
 
-def counted(things: list, name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+def counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def verify(flags: VerifyFlags) -> Report:
