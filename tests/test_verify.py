@@ -31,7 +31,7 @@ from llama_mp import progress
 from llama_mp.checkpoint import scan
 from llama_mp.checkpoint.verify import Report, VerifyFlags, verify
 from llama_mp.errors import RequestError
-from llama_mp.layout import shards
+from llama_mp.layout import global_shapes, shards
 
 VERIFY = ROOT / "launch" / "verify.py"
 GQA, PADDED = MODELS["gqa"], MODELS["heads-9-3"]
@@ -409,17 +409,59 @@ def test_against_when_one_of_the_two_cannot_be_opened(tmp_path: Path) -> None:
         checked(other, against=tmp_path / "nowhere")
 
 
-def test_long_checks_say_how_far_they_are(
+def test_every_method_says_how_far_it_is(
     listed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    monkeypatch.setattr(progress, "GB", 1e3)
-    whole_line(listed)
-    out, err = capsys.readouterr()
-    sizes = [(listed / name).stat().st_size / 1e3 for name in ("consolidated.00.pth", "params.json")]
-    assert out == ""
-    assert err.splitlines()[0].startswith(f"checking: {sizes[0]:.1f} of {3 * sizes[0] + sizes[1]:.1f} GB, ")
-    assert err.count("checking: ") == 4
+
+    def lines_of_a_check(**flags: object) -> tuple[int, int]:
+        whole_line(listed, **flags)
+        out, err = capsys.readouterr()
+        counts = err.count("checking: "), err.count("comparing: ")
+        assert out == "" and err.count("\n") == sum(counts)
+        return counts
+
+    assert lines_of_a_check(against=listed) == (4, 21)  # files; tensors
+    (listed / "checklist.chk").unlink()
+    assert lines_of_a_check() == (3 * 21, 0)  # each shard's tensors
+    write_manifest(listed)
+    assert lines_of_a_check() == (3 * (21 + 1) + 1, 0)  # and what lies around them; params.json
+
+
+HOLDS_LITTLE = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from llama_mp.checkpoint.verify import VerifyFlags, verify
+
+def private_bytes():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+def sample():
+    while not done.is_set():
+        samples.append(private_bytes())
+        time.sleep(0.001)
+
+baseline, samples, done = private_bytes(), [], threading.Event()
+sampler = threading.Thread(target=sample)
+sampler.start()
+report = verify(VerifyFlags(path=Path(sys.argv[1]), against=Path(sys.argv[2])))
+done.set()
+sampler.join()
+print(json.dumps({"failure": report.failure, "peak": max(samples) - baseline, "num_samples": len(samples)}))
+"""
+
+
+def test_little_memory_is_held_whatever_the_size(tmp_path: Path) -> None:
+    """Private memory, because the mapped files' pages are the kernel's to drop."""
+    config = replace(MODELS["mha"], dim=2048, head_dim=256, hidden_dim=5632, num_layers=3, vocab_size=16000)
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in global_shapes(config).items()}
+    one, three = (write_meta(tmp_path / str(mp), config, tensors, mp) for mp in (1, 3))
+    command = [sys.executable, "-c", HOLDS_LITTLE, one, three]
+    measured = json.loads(run(*command).stdout)
+    assert measured["failure"] is None and measured["num_samples"] > 10
+    assert measured["peak"] < 100e6 < sum(tensor.nbytes for tensor in tensors.values()) / 3
 
 
 def test_from_end_to_end(listed: Path) -> None:
