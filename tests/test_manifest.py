@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from damage import exchange, flip, ranges_of, sha256, write_manifest
 from factory import MODELS, hugging_face, random_tensors, write_hf, write_meta
-from manifests import exchange, flip, ranges_of, sha256, write_manifest
 
 from llama_mp.checkpoint import digests
 from llama_mp.checkpoint.fault import Fault

@@ -1,11 +1,18 @@
-"""A manifest.json for any folder, made without the code that is tested: torch and json say where a tensor lies."""
+"""Whole folders with their manifest, ways to damage them, and what verify then says.
+
+The manifest is made without the code that is tested: torch and json say where a tensor lies.
+"""
 
 import hashlib
 import json
 from pathlib import Path
 
 import torch
+from factory import random_tensors, write_meta
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llama_mp.checkpoint.verify import Report, VerifyFlags, verify
+from llama_mp.config import ModelConfig
 
 
 def ranges_of(file: Path) -> dict[str, tuple[int, int]]:
@@ -62,3 +69,31 @@ def exchange(one: Path, other: Path) -> None:
     held = one.rename(one.with_suffix(".held"))
     other.rename(one)
     held.rename(other)
+
+
+def checked(path: Path, **flags: object) -> Report:
+    return verify(VerifyFlags(path=path, **flags))
+
+
+def faults(path: Path) -> list[str]:
+    return list(map(str, checked(path).check.faults))
+
+
+def whole_line(path: Path, **flags: object) -> str:
+    report = checked(path, **flags)
+    assert report.failure is None, report.lines
+    [line] = report.lines
+    assert json.loads(report.as_json)["whole"] is True
+    return line
+
+
+def change(folder: Path, rank: int, name: str, place: object, value: float) -> None:
+    """Put `value` into a tensor of one shard."""
+    file = folder / f"consolidated.{rank:02d}.pth"
+    tensors = torch.load(file, weights_only=True)
+    tensors[name][place] = value
+    torch.save(tensors, file)
+
+
+def meta(folder: Path, mp: int, config: ModelConfig) -> Path:
+    return write_meta(folder, config, random_tensors(config), mp)
