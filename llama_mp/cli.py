@@ -12,11 +12,10 @@ import json
 import math
 import os
 import re
-import select
 import sys
 import textwrap
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,11 +23,13 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args,
 
 import fire
 
-from llama_mp.errors import DONE, RUN_FAILED, RequestError, RunError, did_you_mean, rank_zero_speaks, report
+from llama_mp.errors import DONE, RUN_FAILED, RequestError, did_you_mean, rank_zero_speaks, report
+from llama_mp.stdout import drop_unwritable_output, is_broken_stdout, naming_stdout
 
 HELP_WIDTH = 100  # columns
 WIDEST_FORM = 36  # columns of `--name TYPE` in the help; a wider one stands on a line of its own
 LONGEST_QUOTE = 60  # characters of a wrong value that an error repeats
+SWITCH = ("false", "true")
 
 Flags = TypeVar("Flags")
 
@@ -51,10 +52,16 @@ class Flag(NamedTuple):
     default: Any  # MISSING: the flag is required
     help: str
     group: str
+    positional: bool = False
+
+    @property
+    def label(self) -> str:
+        """What errors call it."""
+        return self.name.upper() if self.positional else f"--{self.name}"
 
     @property
     def form(self) -> str:
-        return f"--{self.name} {self.kind.placeholder}"
+        return self.label if self.positional else f"{self.label} {self.kind.placeholder}"
 
     def read(self, text: str) -> Any:
         """The value of the one text that `parse` hands over through fire: a JSON list where the flag repeats."""
@@ -65,7 +72,7 @@ class Flag(NamedTuple):
             return self.kind.read(text)
         except ValueError:
             near = did_you_mean(text, self.kind.choices)
-            raise RequestError(f"--{self.name} is {quote(text)}, but must be {self.kind.wanted}{near}") from None
+            raise RequestError(f"{self.label} is {quote(text)}, but must be {self.kind.wanted}{near}") from None
 
 
 def read_text(text: str) -> str:
@@ -87,7 +94,7 @@ def read_number(text: str) -> float:
 
 
 def read_switch(text: str) -> bool:
-    return bool(("false", "true").index(text.lower()))
+    return bool(SWITCH.index(text.lower()))
 
 
 def read_path(text: str) -> Path:
@@ -115,7 +122,8 @@ def describe(flags_class: type) -> dict[str, Flag]:
         for f in fields(flags_class):
             if f.name in own and f.name not in flags:
                 kind, repeats = kind_of(hints[f.name])
-                flags[f.name] = Flag(f.name, kind, repeats, f.default, f.metadata["help"], group)
+                positional = f.metadata.get("positional", False)
+                flags[f.name] = Flag(f.name, kind, repeats, f.default, f.metadata["help"], group, positional)
     return flags
 
 
@@ -158,16 +166,30 @@ def collect(flags: dict[str, Flag], argv: Sequence[str]) -> dict[str, list[str]]
     """The texts given for each flag, in order; RequestError for tokens that are no flag of ours or lack a value."""
     given: dict[str, list[str]] = {}
     tokens = deque(argv)
+    places = [flag for flag in flags.values() if flag.positional]
     while tokens:
-        head, has_value, text = tokens.popleft().partition("=")
-        flag = find(flags, head, head + has_value + text)
-        if not has_value:
-            text = value_after(flag, tokens)
+        token = tokens.popleft()
+        if places and not token.startswith("-"):
+            flag, text = place_of(places, given, token), token
+        else:
+            head, has_value, text = token.partition("=")
+            flag = find(flags, head, token)
+            if not has_value:
+                text = value_after(flag, tokens, any_may_follow=not places)
         if flag.name in given and not flag.repeats:
             first = given[flag.name][0]
-            raise RequestError(f"--{flag.name} is given twice: {quote(first)} and {quote(text)}; keep one")
+            raise RequestError(f"{flag.label} is given twice: {quote(first)} and {quote(text)}; keep one")
         given.setdefault(flag.name, []).append(text)
     return given
+
+
+def place_of(places: Sequence[Flag], given: Mapping[str, Sequence[str]], token: str) -> Flag:
+    """The first of the arguments without a flag that is not given yet: `token` is its value."""
+    for flag in places:
+        if flag.name not in given:
+            return flag
+    others = " and ".join(f"{flag.label} is {quote(given[flag.name][0])}" for flag in places)
+    raise RequestError(f"unexpected argument {quote(token)}: {others}; quote a text with spaces")
 
 
 def find(flags: dict[str, Flag], head: str, token: str) -> Flag:
@@ -192,15 +214,19 @@ def find(flags: dict[str, Flag], head: str, token: str) -> Flag:
     )
 
 
-def value_after(flag: Flag, tokens: deque[str]) -> str:
-    """Take the value of `flag` from the tokens that follow it."""
+def value_after(flag: Flag, tokens: deque[str], *, any_may_follow: bool) -> str:
+    """Take the value of `flag` from the tokens that follow it.
+
+    Where an argument without a flag may follow, only true and false are taken for the value of a switch."""
     if flag.kind is KINDS[bool]:
-        return tokens.popleft() if tokens and not tokens[0].startswith("-") else "true"
+        is_value = tokens and (tokens[0].lower() in SWITCH or (any_may_follow and not tokens[0].startswith("-")))
+        return tokens.popleft() if is_value else "true"
     if not tokens:
-        raise RequestError(f"--{flag.name} has no value; write {flag.form}")
+        raise RequestError(f"{flag.label} has no value; write --{flag.name} {flag.kind.placeholder}")
     if tokens[0].startswith("--"):
         raise RequestError(
-            f"--{flag.name} has no value: {tokens[0][:LONGEST_QUOTE]} follows; write {flag.form}, "
+            f"{flag.label} has no value: {tokens[0][:LONGEST_QUOTE]} follows; "
+            f"write --{flag.name} {flag.kind.placeholder}, "
             f"or --{flag.name}=--x for a value that begins with --"
         )
     return tokens.popleft()
@@ -213,7 +239,8 @@ def quote(text: str) -> str:
 def usage(flags_class: type, program: str, summary: str) -> str:
     """The help text, at most HELP_WIDTH columns wide; indented paragraphs of `summary` (examples) stay as they are."""
     flags = describe(flags_class).values()
-    required = "".join(f" {flag.form}" for flag in flags if flag.default is MISSING)
+    shown = [flag for flag in flags if flag.default is MISSING or flag.positional]
+    required = "".join(f" {flag.form}" if flag.default is MISSING else f" [{flag.form}]" for flag in shown)
     paragraphs = summary.strip().split("\n\n")
     text = [p if re.search("^ ", p, re.MULTILINE) else textwrap.fill(p, HELP_WIDTH) for p in paragraphs]
     width = max(len(flag.form) for flag in flags if len(flag.form) <= WIDEST_FORM)
@@ -266,34 +293,3 @@ def main(
                 code = report(naming_stdout(error))
     drop_unwritable_output()
     sys.exit(code)
-
-
-def is_broken_stdout(error: BaseException) -> bool:
-    """Whether `error` says that the reader of stdout (`| head -1`) has left, and not that of another pipe.
-
-    Common tools then die of SIGPIPE: silently, and not with 0, so that a script can tell cut output from whole.
-    We say 1 for it: 141 is not in the commands' contract, and rank 0 failing is what makes torchrun end the others.
-    """
-    if not isinstance(error, BrokenPipeError) or sys.stdout is None:
-        return False
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # errors and hang-ups are always reported
-    return bool(poll.poll(0))
-
-
-def naming_stdout(error: BaseException) -> BaseException:
-    """`error`, or one that names stdout when that cannot be written: the text still in it tells."""
-    try:
-        print(end="", flush=True)
-    except OSError as again:
-        if isinstance(error, OSError) and error.filename is None and again.errno == error.errno:
-            return RunError(f"standard output: {error.strerror}; make room there, or send it elsewhere")
-    return error
-
-
-def drop_unwritable_output() -> None:
-    """Let what stdout still holds, when it cannot be written, go nowhere: at exit the interpreter would complain."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,17 +1,19 @@
 """Flags classes: frozen dataclasses whose fields are flags of a command, fields of a JSON line, or keywords."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llama_mp.errors import RequestError, did_you_mean
 
+REQUIRED: Any = MISSING  # as the default of a flag
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": help})
+
+def flag(default: Any, help: str, *, positional: bool = False) -> Any:
+    """A dataclass field that is also a command-line flag. A positional one may be given without its name too."""
+    return field(default=default, metadata={"help": help, "positional": positional})
 
 
 class Flags:

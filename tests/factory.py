@@ -113,7 +113,8 @@ def random_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32, seed
 
 def cut(shard: Shard, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """One parameter of one rank, zeros where nothing is placed."""
-    dtype = next(iter(tensors.values())).dtype
+    sources = [p.source for p in shard.placements] or list(tensors)
+    dtype = tensors[sources[0]].dtype
     parameter = torch.zeros(shard.shape, dtype=dtype)
     matrix = parameter if parameter.dim() == 2 else parameter[:, None]
     for p in shard.placements:

@@ -15,7 +15,7 @@ import pytest
 from llama_mp import cli, errors
 from llama_mp.config import RunConfig, SamplingConfig
 from llama_mp.errors import RequestError, RunError
-from llama_mp.flags import check_at_least, flag
+from llama_mp.flags import REQUIRED, check_at_least, flag
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +48,15 @@ class CopyFlags:
     """A required flag."""
 
     output: Path = field(metadata={"help": "the folder to write"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckFlags:
+    """An argument that needs no flag, and one that is optional."""
+
+    path: Path = flag(REQUIRED, "the folder to check", positional=True)
+    other_path: Path | None = flag(None, "the folder to compare with", positional=True)
+    quick: bool = flag(False, "look at the sizes alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +189,45 @@ def test_a_missing_required_flag() -> None:
     assert cli.parse(CopyFlags, ["--output", "x"]) == CopyFlags(output=Path("x"))
 
 
+POSITIONAL = {
+    "a": {"path": Path("a")},
+    "a=b/=c": {"path": Path("a=b/=c")},
+    "'a b' --quick c": {"path": Path("a b"), "quick": True, "other_path": Path("c")},
+    "--quick a c": {"path": Path("a"), "quick": True, "other_path": Path("c")},
+    "--quick false a": {"path": Path("a")},
+    "--quick=true ~/a": {"path": Path.home() / "a", "quick": True},
+    "--path a": {"path": Path("a")},
+    "--path=-a c": {"path": Path("-a"), "other_path": Path("c")},
+    "--other-path c a": {"path": Path("a"), "other_path": Path("c")},
+}
+
+
+@pytest.mark.parametrize("line", POSITIONAL)
+def test_an_argument_without_its_flag(line: str) -> None:
+    assert cli.parse(CheckFlags, shlex.split(line)) == CheckFlags(**POSITIONAL[line])
+
+
+POSITIONAL_REFUSALS = {
+    "": "PATH is missing: the folder to check",
+    "--quick": "PATH is missing: the folder to check",
+    "''": "PATH is '', but must be a path",
+    "a b c": "unexpected argument 'c': PATH is 'a' and OTHER_PATH is 'b'; quote a text with spaces",
+    "a --path b": "PATH is given twice: 'a' and 'b'; keep one",
+    "--path a --path b": "PATH is given twice: 'a' and 'b'; keep one",
+    "--path": "PATH has no value; write --path PATH",
+    "--path --quick": "PATH has no value: --quick follows; write --path PATH, "
+    "or --path=--x for a value that begins with --",
+    "-a": "unknown option '-a': flags begin with two dashes, --help lists them",
+    "a --quik": "unknown flag --quik (did you mean --quick?); flags: --path, --other_path, --quick, --help",
+    "a --quick=b": "--quick is 'b', but must be true or false",
+}
+
+
+@pytest.mark.parametrize("line", POSITIONAL_REFUSALS)
+def test_refusal_of_an_argument_without_its_flag(line: str) -> None:
+    assert refusal(*shlex.split(line), flags_class=CheckFlags) == POSITIONAL_REFUSALS[line]
+
+
 @pytest.mark.parametrize("head", [["--rounds", "x"], ["--rounds", "9"], ["--x"], ["--rounds=x"], ["x"]])
 def test_a_refusal_stays_short(head: list[str]) -> None:
     assert len(refusal(*head[:-1], head[-1] + head[-1][-1] * 5000)) < 250
@@ -222,6 +270,12 @@ def test_help_shows_what_is_required() -> None:
     text = cli.usage(CopyFlags, "copy.py", "Copy.")
     assert text.startswith("usage: copy.py --output PATH [--name value ...]\n")
     assert "  --output PATH  the folder to write (required)\n" in text
+
+
+def test_help_shows_arguments_without_a_flag() -> None:
+    text = cli.usage(CheckFlags, "check.py", "Check.")
+    assert text.startswith("usage: check.py PATH [OTHER_PATH] [--name value ...]\n")
+    assert "  PATH                  the folder to check (required)\n" in text
 
 
 def test_help_of_the_projects_classes_fits_and_is_complete() -> None:

@@ -29,6 +29,7 @@ from running import ROOT, run
 
 from llama_mp.batch import InferFlags
 from llama_mp.chat import ChatFlags
+from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
 
 DOCS = ROOT / "docs"
@@ -105,7 +106,8 @@ def test_every_command_of_a_page_prints_what_it_shows(page: str, tmp_path: Path,
             code, printed = terminal(block.content, tmp_path, home)
             shown = after.content if after.language == "text" else "...\n"
             refused = re.search("^error: ", shown, re.MULTILINE)
-            assert code == (2 if refused else 0), f"{block.content}{printed}"
+            found = re.search(r"^error: \d+ (fault|difference)", shown, re.MULTILINE)  # by a check that was done
+            assert code == (1 if found else 2 if refused else 0), f"{block.content}{printed}"
             assert re.fullmatch(pattern_of(shown), printed), f"{block.content}{shown}---\n{printed}"
 
 
@@ -125,7 +127,7 @@ def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
     named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
-    assert named - OTHER_FLAGS <= {*describe(InferFlags), *describe(ChatFlags)}
+    assert named - OTHER_FLAGS <= {*describe(InferFlags), *describe(ChatFlags), *describe(VerifyFlags)}
     assert f"(docs/{page})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

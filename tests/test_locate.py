@@ -11,7 +11,7 @@ from factory import MODELS, finish_gguf, gguf_writer
 
 from llama_mp.config import ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
-from llama_mp.locate import locate
+from llama_mp.locate import checkpoint_at, locate
 from llama_mp.params_json import params_of
 
 CONFIG = MODELS["gqa"]
@@ -70,6 +70,16 @@ def test_the_tokenizer_may_lie_one_folder_up_or_where_the_flag_says(tmp_path: Pa
     other = tmp_path / "other.model"
     other.touch()
     assert locate(RunConfig(ckpt_dir=folder, tokenizer=other)).tokenizer == other
+
+
+def test_a_checkpoint_may_be_found_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = meta_folder(tmp_path / "m", 2)
+    run = RunConfig(ckpt_dir=folder)
+    assert checkpoint_at(folder) == locate(run)
+    (folder / "tokenizer.model").unlink()
+    found = checkpoint_at(folder)
+    assert (found.kind, found.path, found.config, found.tokenizer) == ("meta", folder, CONFIG, None)
+    assert refusal(run).startswith("no tokenizer.model or tokenizer.json in ")
 
 
 def test_a_gguf_file_brings_its_tokenizer(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ class GGUFSource:
         if info.kind in PLAIN:
             return torch.from_numpy(np.array(blocks)).view(PLAIN[info.kind])
         try:
-            return torch.from_numpy(dequantize(np.ascontiguousarray(blocks), info.kind))
+            with np.errstate(all="ignore"):  # numpy would warn of infinite scales; who reads sees the values
+                return torch.from_numpy(dequantize(np.ascontiguousarray(blocks), info.kind))
         except NotImplementedError as error:
             raise RequestError(
                 f"{self.file}: {name} is quantized as {info.kind.name}, which cannot be read; "

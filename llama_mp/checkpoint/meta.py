@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llama_mp.checkpoint.fault import DamagedError, Fault
 from llama_mp.checkpoint.source import listed, narrowest
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError
@@ -61,17 +62,23 @@ class MetaSource:
         return whole
 
     def check_same_names(self) -> None:
-        """Raise RequestError when a shard holds other tensors than the first."""
-        first = set(self.tensors[0])
+        """Raise DamagedError when a shard holds other tensors than the first."""
+        first, first_file = set(self.tensors[0]), self.files[0].name
         for file, tensors in zip(self.files, self.tensors, strict=True):
             differ = sorted(first ^ set(tensors))
             if differ:
-                raise RequestError(
-                    f"{file} and {self.files[0].name} hold different tensors ({differ[0]}): {ONE_DOWNLOAD}"
+                raise DamagedError(
+                    f"{file} and {first_file} hold different tensors ({differ[0]}): {ONE_DOWNLOAD}",
+                    [
+                        Fault(
+                            file.name, name, f"is {'not' if name in tensors else 'missing here, but'} in {first_file}"
+                        )
+                        for name in differ
+                    ],
                 )
 
     def match_layout(self, checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
-        """The layout of every file, its shapes equal to the tensors'. Raises RequestError that lists the others."""
+        """The layout of every file, its shapes equal to the tensors'. Raises DamagedError that lists the others."""
         mp = len(self.files)
         axis = self.config.embedding_axis
         hint = self.degree_hint()
@@ -80,13 +87,17 @@ class MetaSource:
         except RequestError as error:  # no layout has so many shards
             raise RequestError(f"{checkpoint.path}: {hint + ONE_DOWNLOAD if hint else error}") from error
         faults = [
-            f"{file.name}: {name} has shape {tuple(tensor.shape)}, not {held[rank][name].shape}"
+            Fault(file.name, name, f"has shape {tuple(tensor.shape)}, not {held[rank][name].shape}")
             for rank, file in enumerate(self.files)
             for name, tensor in self.tensors[rank].items()
             if name in held[rank] and tuple(tensor.shape) != held[rank][name].shape
         ]
         if faults:
-            raise RequestError(f"{checkpoint.path} at MP {mp}: {listed(faults)}; {hint}{ONE_DOWNLOAD}")
+            shown = listed([f"{file}: {name} {text}" for file, name, text in faults])
+            raise DamagedError(
+                f"{checkpoint.path} at MP {mp}: {shown}; {hint}{ONE_DOWNLOAD}",
+                [Fault(checkpoint.path.name, None, hint + ONE_DOWNLOAD)] if hint else faults,
+            )
         return held
 
     def degree_hint(self) -> str:

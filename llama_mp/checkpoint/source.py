@@ -4,8 +4,8 @@ from typing import Protocol
 
 import torch
 
+from llama_mp.checkpoint.fault import DamagedError, Fault
 from llama_mp.config import ModelConfig
-from llama_mp.errors import RequestError
 from llama_mp.layout import Span, global_shapes
 from llama_mp.locate import Checkpoint
 
@@ -31,20 +31,21 @@ class Source(Protocol):
 
 
 def check_tensors(checkpoint: Checkpoint, source: Source) -> None:
-    """Raise RequestError that lists every tensor which the architecture lacks, or has otherwise."""
+    """Raise DamagedError that lists every tensor which the architecture lacks, or has otherwise."""
     expected = global_shapes(source.config)
     names = source.names()
-    faults = [f"{name} is missing" for name in sorted(set(expected) - set(names))]
-    faults += [f"{name} is unknown" for name in names if name not in expected]
-    faults += [
-        f"{name} has shape {source.shape(name)}, not {expected[name]}"
+    wrong = [(name, "is missing") for name in sorted(set(expected) - set(names))]
+    wrong += [(name, "is unknown") for name in names if name not in expected]
+    wrong += [
+        (name, f"has shape {source.shape(name)}, not {expected[name]}")
         for name in names
         if name in expected and source.shape(name) != expected[name]
     ]
-    if faults:
-        raise RequestError(
-            f"{checkpoint.path} does not hold the model that its header describes: {listed(faults)}; "
-            "check that all its files come from one download"
+    if wrong:
+        raise DamagedError(
+            f"{checkpoint.path} does not hold the model that its header describes: "
+            f"{listed([' '.join(fault) for fault in wrong])}; check that all its files come from one download",
+            [Fault(checkpoint.path.name, name, text) for name, text in wrong],
         )
 
 
