@@ -6,6 +6,8 @@ from pathlib import Path
 
 from llama_mp.errors import RequestError
 
+MAX_THREADS = 8
+
 
 def threads_asked() -> int | None:
     """LLAMA_MP_THREADS: how many threads a rank computes with; None when it is not set."""
@@ -13,6 +15,11 @@ def threads_asked() -> int | None:
     if given and not (given.isdecimal() and int(given) > 0):
         raise RequestError(f"LLAMA_MP_THREADS is {given!r}, but must be a whole number above 0")
     return int(given) if given else None
+
+
+def num_threads() -> int:
+    """How many threads share the tensors or files of a checkpoint: no more than a disk serves well."""
+    return threads_asked() or min(MAX_THREADS, cores_at_hand())
 
 
 def cores_at_hand() -> int:

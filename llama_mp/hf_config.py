@@ -4,6 +4,7 @@ The file carries keys of training, of tools and of generation beside those of th
 those that would change what the model computes are read, or refused where they ask for something else.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,28 @@ def rope_of(path: Path, values: dict[str, Any]) -> tuple[float, dict[str, Any] |
         fault = f"lacks {', '.join(missing)}" if missing else f"has unknown keys: {', '.join(unknown)}"
         raise RequestError(f"{path}: rope scaling of type {kind} {fault}")
     return float(theta), {field: rope[key] for key, field in LLAMA3_FIELDS.items()} if kind == "llama3" else None
+
+
+def hf_config_of(config: ModelConfig, *, dtype: str, bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """The config.json of `config`, whose weights are of torch's `dtype` ("bfloat16")."""
+    [eos_id] = eos_ids if len(eos_ids) == 1 else [list(eos_ids) or None]
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(config, field) for key, field in FIELDS.items()},
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": config.tied_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+    }
+    if config.rope_scaling:
+        scaling = {key: getattr(config.rope_scaling, field) for key, field in LLAMA3_FIELDS.items()}
+        values["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    return values

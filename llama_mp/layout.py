@@ -6,7 +6,7 @@ zeros, and zeros in those places change no output. Loading, resharding, planning
 checkpoint all follow from `shards`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -60,6 +60,13 @@ class Shard:
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, cols) of a matrix, or (length, 1) of a vector."""
     return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
+
+
+def row_chunks(rows: Span, num_cols: int, max_elements: int, *, unit: int = 1) -> Iterator[Span]:
+    """`rows` in order, at most `max_elements` at a time, but always whole units of rows, counted from the first."""
+    step = max(1, max_elements // max(1, num_cols * unit)) * unit
+    for start in range(rows.start, rows.stop, step):
+        yield Span(start, min(start + step, rows.stop))
 
 
 def global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

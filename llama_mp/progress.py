@@ -11,7 +11,7 @@ GB = 1e9
 
 
 class Progress:
-    """Called with (bytes done, bytes in all), as often as one likes, from one thread."""
+    """Called with (bytes done, bytes in all), as often as one likes, by one thread at a time."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -27,6 +27,11 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.begun
+
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         if sys.stderr is not None and sys.stderr.isatty():
             if self.bar is None:
@@ -36,6 +41,7 @@ class Progress:
         now = time.monotonic()
         if now - self.said >= LINE_EVERY_S:
             self.said = now
-            speed = done_bytes / GB / (now - self.begun)
-            text = f"{self.title}: {done_bytes / GB:.1f} of {total_bytes / GB:.1f} GB, {speed:.2f} GB/s"
-            print(text, file=sys.stderr, flush=True)
+            rate = done_bytes / (now - self.begun)
+            left = f", {(total_bytes - done_bytes) / rate:.0f} s left" if rate else ""
+            share = f"{done_bytes / GB:.1f} of {total_bytes / GB:.1f} GB"
+            print(f"{self.title}: {share}, {rate / GB:.2f} GB/s{left}", file=sys.stderr, flush=True)

@@ -29,6 +29,12 @@ WITH_TORCH = [
     "llama_mp.machine",
     "llama_mp.sampling",
     "llama_mp.checkpoint",
+    "llama_mp.checkpoint.reshard",
+    "llama_mp.checkpoint.write",
+    "llama_mp.checkpoint.cut",
+    "llama_mp.checkpoint.meta_sink",
+    "llama_mp.checkpoint.hf_sink",
+    "llama_mp.checkpoint.sink",
     "llama_mp.checkpoint.verify",
     "llama_mp.checkpoint.structure",
     "llama_mp.checkpoint.compare",
@@ -64,6 +70,9 @@ WITHOUT_TORCH = [
     "llama_mp.prompts",
     "llama_mp.launcher",
     "llama_mp.progress",
+    "llama_mp.reshard_request",
+    "llama_mp.partial",
+    "llama_mp.checkpoint.archive",
     "llama_mp.checkpoint.checklist",
     "llama_mp.checkpoint.manifest",
     "llama_mp.checkpoint.digests",
@@ -79,6 +88,7 @@ WITHOUT_TORCH = [
     "llama_mp.files",
     "llama_mp.cores",
     "llama_mp.errors",
+    "llama_mp.version",
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
 # Packages of the extras, which an installation without them does not have.

@@ -28,10 +28,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_mp.checkpoint import load
 from llama_mp.checkpoint.gguf import GGUFSource
-from llama_mp.checkpoint.load import load_shards, not_finite, open_source, row_chunks
+from llama_mp.checkpoint.load import CHUNK_ELEMENTS, load_shards, not_finite, open_source
 from llama_mp.checkpoint.source import Source
 from llama_mp.config import ModelConfig, load_size
-from llama_mp.layout import fuse, global_shapes, heads_per_rank, shards
+from llama_mp.layout import fuse, global_shapes, heads_per_rank, row_chunks, shards
 
 DEGREES = (1, 2, 3, 4, 8)
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def check_bytes_requested(config: ModelConfig, source: Source, mp: int, checkpoi
         for name, shard in shards(config, rank, mp).items():
             before = source.bytes_read
             for placement in shard.placements:
-                for rows in row_chunks(placement):
+                for rows in row_chunks(placement.rows, len(placement.cols), CHUNK_ELEMENTS):
                     source.read(placement.source, rows, placement.cols)
             requested[name] += source.bytes_read - before
     _, num_queries = heads_per_rank(config, mp)

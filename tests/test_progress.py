@@ -24,7 +24,7 @@ def test_a_line_every_ten_seconds_and_none_before(clock: list[float], capsys: py
             told(second * 500_000_000, 13_000_000_000)
     assert capsys.readouterr() == (
         "",
-        "checking: 5.0 of 13.0 GB, 0.50 GB/s\nchecking: 10.0 of 13.0 GB, 0.50 GB/s\n",
+        "checking: 5.0 of 13.0 GB, 0.50 GB/s, 16 s left\nchecking: 10.0 of 13.0 GB, 0.50 GB/s, 6 s left\n",
     )
 
 

@@ -232,12 +232,12 @@ def test_a_wrong_shape_in_safetensors_names_its_file_and_its_own_name(tmp_path: 
     assert faults(folder) == [f"{file.name}: {name}: has shape (64, 89), not (64, 90)"]
 
 
-@pytest.mark.parametrize(("dropped", "text"), [(0, "lacks consolidated.00.pth of 4 shards"), (3, "of 4 shards, and 3")])
-def test_a_dropped_shard_is_one_line(tmp_path: Path, dropped: int, text: str) -> None:
+@pytest.mark.parametrize("dropped", [0, 3])
+def test_a_dropped_shard_is_one_line(tmp_path: Path, dropped: int) -> None:
     folder = meta(tmp_path / "m", 4, GQA)
     (folder / f"consolidated.{dropped:02d}.pth").unlink()
     [line] = faults(folder)
-    assert line.startswith("m: ") and text in line
+    assert line.startswith("m: ") and f"lacks consolidated.{dropped:02d}.pth of 4 shards" in line
 
 
 def test_what_belongs_to_it_is_missing(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 """Digests of parts of files, in bounded memory and on all cores. Needs no torch."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from llama_mp.cores import num_threads
+
 BLOCK_BYTES = 1 << 20
-MAX_THREADS = 8
 
 # Called with (bytes done, bytes in all) as work goes on.
 OnProgress = Callable[[int, int], None]
@@ -63,7 +63,3 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
     """`work` of each item, in order, on as many threads as there are cores at hand."""
     with ThreadPoolExecutor(num_threads()) as pool:
         yield from pool.map(work, items)
-
-
-def num_threads() -> int:
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))

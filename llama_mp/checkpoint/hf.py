@@ -28,7 +28,7 @@ NAMES = {
 BLOCK_NAME = re.compile(r"model\.(layers\.\d+)\.(.+)")
 IGNORED = "rotary_emb.inv_freq"  # transformers below 4.31 kept the rotation frequencies; they follow from the config
 IN_HALVES = ("attention.wq.weight", "attention.wk.weight")
-PLAIN = ("F32", "F16", "BF16")
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class HFSource:
@@ -85,6 +85,17 @@ def meta_name(hf_name: str) -> str:
     return f"{block[1]}.{NAMES[block[2]]}.weight" if block else f"{NAMES[stem]}.weight"
 
 
+def hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor in Meta's."""
+    own_names = {own: hf for hf, own in NAMES.items()}
+    block = re.fullmatch(r"(layers\.\d+)\.(.+)\.weight", name)
+    return (
+        f"model.{block[1]}.{own_names[block[2]]}.weight"
+        if block
+        else f"{own_names[name.removesuffix('.weight')]}.weight"
+    )
+
+
 def open_file(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, as views of its mapping: none of their bytes is read yet.
 
@@ -94,9 +105,9 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
             held = opened.keys()
             names = [name for name in held if not name.endswith(IGNORED)]
             kinds = {name: opened.get_slice(name).get_dtype() for name in names}
-            faults = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in PLAIN]
+            faults = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in TYPES]
             if faults:
-                raise RequestError(f"{file}: {listed(faults)}, but only {', '.join(PLAIN)} are read")
+                raise RequestError(f"{file}: {listed(faults)}, but only {', '.join(TYPES)} are read")
             return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         with file.open("rb") as opened:

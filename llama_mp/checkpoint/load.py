@@ -7,8 +7,8 @@ import torch
 from llama_mp.checkpoint.gguf import GGUFSource
 from llama_mp.checkpoint.hf import HFSource
 from llama_mp.checkpoint.meta import MetaSource
-from llama_mp.checkpoint.source import Source, check_tensors
-from llama_mp.layout import Placement, Shard, Span
+from llama_mp.checkpoint.source import Source, as_matrix, check_tensors
+from llama_mp.layout import Shard, row_chunks
 from llama_mp.locate import Checkpoint
 
 SOURCES = {"meta": MetaSource, "hf": HFSource, "gguf": GGUFSource}
@@ -35,14 +35,14 @@ def load_shards(
 def load_shard(shard: Shard, source: Source, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     make = torch.zeros if shard.is_padded else torch.empty
     parameter = make(shard.shape, dtype=dtype, device=device)
-    matrix = parameter if parameter.dim() == 2 else parameter.unsqueeze(1)
+    matrix = as_matrix(parameter)
     num_filled = 0
     for placement in shard.placements:
-        for rows in row_chunks(placement):
+        for rows in row_chunks(placement.rows, len(placement.cols), CHUNK_ELEMENTS):
             part = source.read(placement.source, rows, placement.cols)
             row = placement.row + rows.start - placement.rows.start
             target = matrix[row : row + len(rows), placement.col : placement.col + len(placement.cols)]
-            target.copy_(part if part.dim() == 2 else part.unsqueeze(1))
+            target.copy_(as_matrix(part))
             num_filled += part.numel()
     # Placements do not overlap, so the count proves that every element was filled, or is padding made zero above.
     assert num_filled == shard.num_placed, f"{shard.name}: {num_filled} of {shard.num_placed} elements filled"
@@ -55,7 +55,7 @@ def not_finite(shard: Shard, parameter: torch.Tensor) -> list[str]:
     The logits alone do not tell: torch's attention on a CPU makes zeros of scores that are NaN."""
     if is_finite(parameter):
         return []
-    matrix = parameter if parameter.dim() == 2 else parameter.unsqueeze(1)
+    matrix = as_matrix(parameter)
     parts = {p: matrix[p.row : p.row + len(p.rows), p.col : p.col + len(p.cols)] for p in shard.placements}
     return list(dict.fromkeys(p.source for p, part in parts.items() if not is_finite(part)))
 
@@ -63,10 +63,3 @@ def not_finite(shard: Shard, parameter: torch.Tensor) -> list[str]:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Extremes take over NaN, at the speed of memory; on a CPU isfinite().all() takes thirty times as long."""
     return tensor.numel() == 0 or all(extreme.isfinite().item() for extreme in tensor.aminmax())
-
-
-def row_chunks(placement: Placement) -> Iterator[Span]:
-    """The rows of `placement` in order, a bounded number of elements at a time."""
-    step = max(1, CHUNK_ELEMENTS // len(placement.cols))
-    for start in range(placement.rows.start, placement.rows.stop, step):
-        yield Span(start, min(start + step, placement.rows.stop))

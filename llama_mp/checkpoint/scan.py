@@ -1,11 +1,8 @@
 """Passes over tensors a few rows at a time, on several threads: what is counted, and where it was first seen."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-
-from llama_mp.layout import Span, matrix_shape
 
 # Of one tensor, in one thread: a few such chunks, 1 MiB each in fp32, are all that a pass holds. Comparing two
 # checkpoints of 0.8 GB took 12 MiB in 2 threads; four times as many elements took 50 MiB and saved no time.
@@ -35,18 +32,6 @@ class Tally:
     def place(self) -> str:
         row, col = self.first
         return f"[{row}, {col}]" if len(self.shape) == 2 else f"[{row}]"
-
-
-def row_chunks(shape: tuple[int, ...]) -> Iterator[Span]:
-    """All rows of a tensor in order, a bounded number of elements at a time, one row at least."""
-    num_rows, num_cols = matrix_shape(shape)
-    step = max(1, CHUNK_ELEMENTS // max(1, num_cols))
-    for start in range(0, num_rows, step):
-        yield Span(start, min(start + step, num_rows))
-
-
-def as_matrix(part: torch.Tensor) -> torch.Tensor:
-    return part if part.dim() == 2 else part.unsqueeze(1)
 
 
 def bits(part: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,11 @@ def listed(faults: list[str]) -> str:
     return "; ".join(faults[:MAX_FAULTS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
+def as_matrix(part: torch.Tensor) -> torch.Tensor:
+    """A part as `read` gives it as [rows, columns]: a vector has one column."""
+    return part if part.dim() == 2 else part.unsqueeze(1)
+
+
 def narrowest(dtypes: set[torch.dtype]) -> str:
     """The name of the --dtype that holds values of all `dtypes`."""
     names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
