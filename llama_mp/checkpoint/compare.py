@@ -6,9 +6,9 @@ import torch
 
 from llama_mp.checkpoint.digests import OnProgress, in_threads
 from llama_mp.checkpoint.fault import Difference
-from llama_mp.checkpoint.scan import CHUNK_ELEMENTS, Tally, bits
+from llama_mp.checkpoint.scan import Tally, bits, chunks
 from llama_mp.checkpoint.source import Source, as_matrix
-from llama_mp.layout import Span, matrix_shape, row_chunks
+from llama_mp.layout import Span, matrix_shape
 from llama_mp.params_json import differences
 
 
@@ -64,10 +64,9 @@ def value_differences(
 def difference(ours: Source, theirs: Source, name: str) -> Difference | None:
     """What differs in the tensor `name`, whose shape is the same in both, after theirs took the type of ours."""
     shape, dtype = ours.shape(name), ours.dtype(name)
-    num_rows, num_cols = matrix_shape(shape)
-    cols = Span(0, num_cols)
+    cols = Span(0, matrix_shape(shape)[1])
     tally, values = Tally(shape), ()
-    for rows in row_chunks(Span(0, num_rows), num_cols, CHUNK_ELEMENTS):
+    for rows in chunks(shape):
         here = as_matrix(ours.read(name, rows, cols))
         there = as_matrix(theirs.read(name, rows, cols)).to(dtype)
         if torch.equal(bits(here), bits(there)):

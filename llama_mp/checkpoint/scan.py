@@ -1,8 +1,11 @@
 """Passes over tensors a few rows at a time, on several threads: what is counted, and where it was first seen."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from llama_mp.layout import Span, matrix_shape, row_chunks
 
 # Of one tensor, in one thread: a few such chunks, 1 MiB each in fp32, are all that a pass holds. Comparing two
 # checkpoints of 0.8 GB took 12 MiB in 2 threads; four times as many elements took 50 MiB and saved no time.
@@ -32,6 +35,12 @@ class Tally:
     def place(self) -> str:
         row, col = self.first
         return f"[{row}, {col}]" if len(self.shape) == 2 else f"[{row}]"
+
+
+def chunks(shape: tuple[int, ...]) -> Iterator[Span]:
+    """All rows of a tensor of `shape`, a few at a time."""
+    num_rows, num_cols = matrix_shape(shape)
+    return row_chunks(Span(0, num_rows), num_cols, CHUNK_ELEMENTS)
 
 
 def bits(part: torch.Tensor) -> torch.Tensor:

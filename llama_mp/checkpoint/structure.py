@@ -16,11 +16,11 @@ from llama_mp.checkpoint.digests import OnProgress, in_threads
 from llama_mp.checkpoint.fault import DamagedError, Fault, without_path
 from llama_mp.checkpoint.gguf import ROPE_FACTORS, meta_name
 from llama_mp.checkpoint.load import is_finite, open_source
-from llama_mp.checkpoint.scan import CHUNK_ELEMENTS, Tally
+from llama_mp.checkpoint.scan import Tally, chunks
 from llama_mp.checkpoint.source import Source, as_matrix
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
-from llama_mp.layout import Placement, Shard, Span, matrix_shape, row_chunks
+from llama_mp.layout import Placement, Shard, Span, matrix_shape
 from llama_mp.locate import Checkpoint
 
 # The part rows x cols of a global tensor.
@@ -143,9 +143,8 @@ def scan(tensor: Stored, shared: set[Region]) -> tuple[list[Fault], list[Copy]]:
     is_padded = tensor.shard is not None and tensor.shard.is_padded
     hashers = {p: hashlib.sha256() for p in placements if region_of(p) in shared}
     odd, filled, value = Tally(tensor.shape), Tally(tensor.shape), 0.0
-    num_rows, num_cols = matrix_shape(tensor.shape)
     try:
-        for rows in row_chunks(Span(0, num_rows), num_cols, CHUNK_ELEMENTS):
+        for rows in chunks(tensor.shape):
             chunk = as_matrix(tensor.read(rows))
             if not is_finite(chunk) and odd.add(~chunk.isfinite(), rows.start):
                 value = chunk[odd.first[0] - rows.start, odd.first[1]].item()
