@@ -17,13 +17,33 @@ from typing import Any
 from llama_mp.errors import RequestError, RunError
 from llama_mp.files import FULL, lock, sync
 
-JOURNAL = "journal.jsonl"
+JOURNAL = ".llama-mp.journal"  # no name that anybody else gives
 REPLACED = ""  # the part of the journal that says that a folder was put aside
 
 
 def partial_path(output: Path) -> Path:
     """Where `output` is while it is not whole."""
     return output.with_name(output.name + ".partial")
+
+
+def replaced_path(output: Path) -> Path:
+    """Where what was at `output` waits until its successor is there."""
+    return output.with_name(output.name + ".replaced")
+
+
+def finished(output: Path) -> Any:
+    """The request whose folder has just taken its name, where a kill came before all was tidied up; else None.
+
+    Tidies up."""
+    journal = output / JOURNAL
+    if not journal.is_file():
+        return None
+    request, *parts = entries(journal.read_bytes())[0] or [None]
+    if request is not None:
+        if REPLACED in dict(parts):
+            shutil.rmtree(replaced_path(output), ignore_errors=True)
+        journal.unlink(missing_ok=True)
+    return request
 
 
 class Partial:
@@ -69,16 +89,13 @@ class Partial:
         """Let the folder take its name, in one step, once all that is in it is on disk. What was there goes last."""
         for path in (*self.path.iterdir(), self.path):
             sync(path)
-        replaced = self.output.with_name(self.output.name + ".replaced")
         if self.overwrite and self.output.exists() and any(self.output.iterdir()):
             self.record(REPLACED, True)
-            self.output.rename(replaced)
+            self.output.rename(replaced_path(self.output))
         self.path.rename(self.output)  # refused by the kernel where a folder came to be that is not empty
         sync(self.output.parent)
-        if REPLACED in self.parts:
-            shutil.rmtree(replaced, ignore_errors=True)
-        # Last, and under the new name: until here nobody else could begin in a folder of the old one.
-        (self.output / JOURNAL).unlink()
+        # The journal goes last, under the new name: until here nobody else could begin in a folder of the old one.
+        finished(self.output)
 
     def _check_still_there(self) -> None:
         """Raise RequestError when another run renamed the folder while this one was opening its journal."""
@@ -89,7 +106,9 @@ class Partial:
 
     def _adopt(self) -> None:
         """Take over what was begun, or begin."""
-        begun, *parts = self._entries() or [None]
+        found, end = entries(os.pread(self._journal, os.fstat(self._journal).st_size, 0))
+        os.ftruncate(self._journal, end)
+        begun, *parts = found or [None]
         if begun == self.request:
             self.parts = dict(parts)
             return
@@ -106,21 +125,21 @@ class Partial:
         os.ftruncate(self._journal, 0)
         self._append(self.request)
 
-    def _entries(self) -> list[Any]:
-        """The journal's lines; what a kill or a power cut left of the last ones is taken off."""
-        entries, end = [], 0
-        for line in os.pread(self._journal, os.fstat(self._journal).st_size, 0).splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line if line.endswith(b"\n") else b""))
-                end += len(line)
-                continue
-            break
-        os.ftruncate(self._journal, end)
-        return entries
-
     def _append(self, value: Any) -> None:
         line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
         start = os.fstat(self._journal).st_size
         if os.write(self._journal, line) < len(line):
             os.ftruncate(self._journal, start)
             raise OSError(FULL[0], os.strerror(FULL[0]), str(self.path / JOURNAL))
+
+
+def entries(journal: bytes) -> tuple[list[Any], int]:
+    """The journal's lines, and where they end: what a kill or a power cut left of the last ones does not count."""
+    found, end = [], 0
+    for line in journal.splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line if line.endswith(b"\n") else b""))
+            end += len(line)
+            continue
+        break
+    return found, end

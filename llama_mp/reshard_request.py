@@ -14,6 +14,7 @@ from llama_mp.files import sample_digest
 from llama_mp.flags import REQUIRED, Flags, check_at_least, flag
 from llama_mp.layout import check_degree
 from llama_mp.locate import Checkpoint, checkpoint_at
+from llama_mp.partial import finished
 from llama_mp.version import VERSION
 
 
@@ -82,9 +83,11 @@ def request_of(flags: ReshardFlags, checkpoint: Checkpoint) -> dict[str, Any]:
 def is_finished(flags: ReshardFlags, checkpoint: Checkpoint) -> bool:
     """Whether --output holds what is asked for already. Raises RequestError when it holds anything else, unless
     --overwrite allows to replace a checkpoint."""
-    output = flags.output
+    output, request = flags.output, request_of(flags, checkpoint)
     if not output.is_dir() or not os.listdir(output):
         return False
+    if finished(output) == request:
+        return True
     manifest = read_manifest(output)
     if flags.overwrite:
         if manifest or is_checkpoint(output):
@@ -92,7 +95,6 @@ def is_finished(flags: ReshardFlags, checkpoint: Checkpoint) -> bool:
         raise RequestError(
             f"--overwrite, but {output} is not a checkpoint alone: give another --output, or remove it yourself"
         )
-    request = request_of(flags, checkpoint)
     if all(manifest.get(key) == value for key, value in request.items()) and has_sizes(output, manifest):
         return True
     raise RequestError(f"--output {output} is not empty: give another folder, or --overwrite to replace it")

@@ -22,7 +22,8 @@ from llama_mp.checkpoint.source import Source, as_matrix
 from llama_mp.errors import RunError
 from llama_mp.layout import Placement, Span, matrix_shape, row_chunks
 
-CHUNK_ELEMENTS = 1 << 21  # read at a time, so that a chunk is still in the cache when it is hashed and written
+CHUNK_ELEMENTS = 1 << 21  # read at a time, by all threads together: still in the cache when hashed and written
+PADDING_ELEMENTS = 1 << 16
 BLOCK_BYTES = 1 << 18  # hashed and written at a time
 
 OnBytes = Callable[[int], None]
@@ -57,7 +58,7 @@ def cut_tensors(
 
     def cut(name: str) -> list[Digest]:
         writers = [Writer(piece, files[piece.file], on_bytes) for piece in pieces[name]]
-        for rows, part in chunks(source, name, pieces[name][0]):
+        for rows, part in chunks(source, name, pieces[name][0], CHUNK_ELEMENTS // num_threads):
             if stopped.is_set():
                 raise InterruptedError
             for writer in writers:
@@ -76,10 +77,10 @@ def cut_tensors(
         torch.set_num_threads(torch_threads)
 
 
-def chunks(source: Source, name: str, piece: Piece) -> Iterator[tuple[Span, torch.Tensor]]:
+def chunks(source: Source, name: str, piece: Piece, max_elements: int) -> Iterator[tuple[Span, torch.Tensor]]:
     """The global tensor in order, whole heads at a time where the piece reorders them, in the piece's type."""
     num_rows, num_cols = matrix_shape(source.shape(name))
-    for rows in row_chunks(Span(0, num_rows), num_cols, CHUNK_ELEMENTS, unit=piece.halved_heads or 1):
+    for rows in row_chunks(Span(0, num_rows), num_cols, max_elements, unit=piece.halved_heads or 1):
         part = source.read(name, rows, Span(0, num_cols))
         yield rows, converted(name, as_matrix(part), piece.dtype)
 
@@ -130,7 +131,7 @@ class Writer:
     def pad(self, row: int) -> None:
         """Zeros up to `row`."""
         while self.row < row:
-            num_rows = min(row - self.row, max(1, CHUNK_ELEMENTS // self.num_cols))
+            num_rows = min(row - self.row, max(1, PADDING_ELEMENTS // self.num_cols))
             self.write(torch.zeros(num_rows, self.num_cols, dtype=self.piece.dtype))
 
     def write(self, block: torch.Tensor) -> None:

@@ -14,19 +14,20 @@ from llama_mp.files import json_bytes
 from llama_mp.layout import Shard, shards
 from llama_mp.locate import HF_FILE, HF_INDEX
 
-MAX_FILE_BYTES = 5 * 10**9
 ALIGNMENT = 64  # bytes: of the data, so that it can be mapped into memory
 
 
 class HFSink:
-    """A folder that `from_pretrained` loads. `dtypes`: of each global tensor. `config_json`: what config.json holds."""
+    """A folder that `from_pretrained` loads. `dtypes`: of each global tensor. `config_json`: what config.json holds.
+
+    Files have at most `max_file_bytes` of data each, but for a single tensor that has more."""
 
     def __init__(
         self,
         config: ModelConfig,
         dtypes: Mapping[str, torch.dtype],
         config_json: Mapping[str, Any],
-        max_file_bytes: int = MAX_FILE_BYTES,
+        max_file_bytes: int,
     ) -> None:
         self.config_json, self.head_dim = config_json, config.head_dim
         groups = in_groups(shards(config, 0, 1), dtypes, max_file_bytes)

@@ -30,14 +30,16 @@ from llama_mp.tokenizer_export import tokenizer_folder
 from llama_mp.tokenizer_files import read_tokenizer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+HF_FILE_BYTES = 5 * 10**9  # of data in each safetensors file, as Hugging Face has it
 HASHING_SHARE = 0.5  # of the processors' time, beside reading, cutting and writing (benchmarks/reshard.py)
+TOKENIZER_BYTES = 50 * 10**6  # of memory while it is written anew
 PROBE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is to be written, and from what. `dtypes`: of each tensor. `small_files`: those beside the weights.
-    `header`: what the manifest begins with."""
+    `header`: what the manifest begins with. `without_tokenizer`: why the output has none."""
 
     flags: ReshardFlags
     checkpoint: Checkpoint
@@ -46,15 +48,18 @@ class Job:
     dtypes: Mapping[str, torch.dtype]
     small_files: Mapping[str, bytes]
     header: Mapping[str, Any]
+    without_tokenizer: str | None
 
     @classmethod
     def open(cls, flags: ReshardFlags, checkpoint: Checkpoint) -> "Job":
         """Raises RequestError for an input that is not whole. No weight is read yet."""
         source = open_source(checkpoint)
         dtypes = {name: DTYPES.get(flags.dtype) or source.dtype(name) for name in source.names()}
+        tokenizer, without_tokenizer = tokenizer_files(checkpoint, flags.format)
         header = request_of(flags, checkpoint) | {"source_path": str(checkpoint.path.absolute())}
         if flags.format == "hf":
-            sink: Sink = HFSink(source.config, dtypes, hugging_face_config(checkpoint, source, dtypes))
+            config_json = hugging_face_config(checkpoint, source, dtypes, has_tokenizer=bool(tokenizer))
+            sink: Sink = HFSink(source.config, dtypes, config_json, HF_FILE_BYTES)
         else:
             original = read_object(checkpoint.path / "params.json") if checkpoint.kind == "meta" else None
             config = replace(source.config, embedding_axis=own_embedding_axis(checkpoint, source))
@@ -66,8 +71,9 @@ class Job:
             source=source,
             sink=sink,
             dtypes=dtypes,
-            small_files=tokenizer_files(checkpoint, flags.format) | sink.small_files(),
+            small_files=tokenizer | sink.small_files(),
             header=header,
+            without_tokenizer=without_tokenizer,
         )
 
     @property
@@ -132,8 +138,8 @@ class Job:
 
     @property
     def memory_bytes(self) -> int:
-        """Of all threads: a chunk as it is read, in its own type, and cut; dequantizing makes some more of it."""
-        return num_threads() * CHUNK_ELEMENTS * 4 * (8 if self.is_quantized else 3)
+        """A chunk as it is read, in its new type, and cut; dequantizing makes some more of it. And the tokenizer."""
+        return TOKENIZER_BYTES + CHUNK_ELEMENTS * 4 * (8 if self.is_quantized else 3)
 
     @property
     def is_quantized(self) -> bool:
@@ -155,8 +161,8 @@ class Job:
                 f"at MP {self.flags.mp}, zeros and repeated KV heads fill up the shards ({sizes}): only llama-mp runs "
                 "such a folder; resharded again, it gives back the exact original"
             )
-        if self.checkpoint.tokenizer is None:
-            yield f"no tokenizer was found with {self.checkpoint.path}: put one into the output"
+        if self.without_tokenizer:
+            yield f"the output has no tokenizer: put one there yourself ({self.without_tokenizer})"
 
     def summary(self, seconds: float, num_continued: int) -> str:
         """The result in a line."""
@@ -187,14 +193,19 @@ def own_embedding_axis(checkpoint: Checkpoint, source: Source) -> int:
     return source.config.embedding_axis if has_choice else checkpoint.config.embedding_axis
 
 
-def tokenizer_files(checkpoint: Checkpoint, format: str) -> dict[str, bytes]:
-    """The files that make the output's tokenizer and template those of the input; none where it has none."""
+def tokenizer_files(checkpoint: Checkpoint, format: str) -> tuple[dict[str, bytes], str | None]:
+    """The files that make the output's tokenizer and template those of the input; without them, why there are none."""
     if checkpoint.tokenizer is None:
-        return {}
-    return tokenizer_folder(checkpoint.tokenizer, checkpoint.path, hugging_face=format == "hf")
+        return {}, f"none was found with {checkpoint.path}"
+    try:
+        return tokenizer_folder(checkpoint.tokenizer, checkpoint.path, hugging_face=format == "hf"), None
+    except RequestError as error:  # the weights are none the worse for it
+        return {}, str(error)
 
 
-def hugging_face_config(checkpoint: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+def hugging_face_config(
+    checkpoint: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype], *, has_tokenizer: bool
+) -> dict[str, Any]:
     """The config.json of the output: the input's, where it has one, with the type of the weights."""
     types = {dtypes[name] for name in source.names() if len(source.shape(name)) == 2}
     dtype = str(types.pop() if len(types) == 1 else torch.float32).removeprefix("torch.")
@@ -202,7 +213,7 @@ def hugging_face_config(checkpoint: Checkpoint, source: Source, dtypes: Mapping[
         values = read_object(checkpoint.path / "config.json")
         return values | {"dtype" if "dtype" in values else "torch_dtype": dtype}
     bos_id, eos_ids = None, []
-    if checkpoint.tokenizer is not None:
+    if has_tokenizer:
         tokenizer, _ = read_tokenizer(checkpoint.tokenizer, checkpoint.path)
         bos_id, eos_ids = tokenizer.bos_id, sorted(tokenizer.eos_ids)
     return hf_config_of(source.config, dtype=dtype, bos_id=bos_id, eos_ids=eos_ids)
