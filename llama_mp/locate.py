@@ -228,7 +228,7 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
         head_dim=value("attention.key_length", 0),
         hidden_dim=value("feed_forward_length"),
         vocab_size=value("vocab_size", UNKNOWN_VOCAB),
-        norm_eps=value("attention.layer_norm_rms_epsilon"),
+        norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.7g}"),  # stored in fp32
         rope_theta=value("rope.freq_base", 10000.0),
         context_length=value("context_length"),
         embedding_axis=0,
