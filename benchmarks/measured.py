@@ -1,4 +1,5 @@
-"""A script in a process of its own: how long it takes, from its start and from `import torch` on, and in what memory.
+"""A script in a process of its own: how long it takes, with and without what every process with torch does, and in what
+memory.
 
 Run as a program it is that process: `import torch` comes first, then the script, as `python SCRIPT ...` has it.
 """
@@ -20,8 +21,9 @@ SAMPLE_S = 0.02
 
 
 class Measured(NamedTuple):
-    """Seconds from the start of the process to its end, and from `import torch` on; the most private anonymous memory
-    that it had beyond what `import torch` takes."""
+    """Seconds of the whole process, and of the script alone: without the start of the interpreter, `import torch`, and
+    the interpreter's end, which takes half a second with torch; the most private anonymous memory that it had beyond
+    what `import torch` takes."""
 
     whole_s: float
     work_s: float
@@ -49,11 +51,10 @@ def measure(script: Path, *arguments: str | Path) -> Measured:
             ended.set()
         printed.seek(0)
         if process.returncode:
-            raise RunError(
-                f"{script} failed: {(printed.read().splitlines() or [f'exit code {process.returncode}'])[-1]}"
-            )
-        ready, memory_bytes = json.loads(messages.read())
-    return Measured(end - start, end - ready, most[0] - memory_bytes)
+            said = printed.read().splitlines() or [f"exit code {process.returncode}"]
+            raise RunError(f"{script} failed: {said[-1]}")
+        begun, memory_bytes, ended_script = json.loads(messages.read())
+    return Measured(end - start, ended_script - begun, most[0] - memory_bytes)
 
 
 def watch(pid: int, most: list[int], ended: threading.Event) -> None:
@@ -72,13 +73,16 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def run_script() -> None:
-    """Be `python SCRIPT ...`, and first tell the parent when torch was imported, and what that took."""
+    """Be `python SCRIPT ...`, and tell the parent when the script began and ended, and what memory torch took."""
     import torch  # noqa: F401
 
     sender, *sys.argv = sys.argv[1:]
-    with os.fdopen(int(sender), "w") as message:  # CLOCK_MONOTONIC is one clock for all processes
-        json.dump([time.monotonic(), anonymous_bytes(os.getpid())], message)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    begun, memory_bytes = time.monotonic(), anonymous_bytes(os.getpid())  # of one clock for all processes
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:  # as a rule by sys.exit
+        with os.fdopen(int(sender), "w") as message:
+            json.dump([begun, memory_bytes, time.monotonic()], message)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 Three ways in turn, `--rounds` times for each pair of degrees: `cp -r IN OUT; sync`; launch/reshard.py, which computes
 SHA-256 and CRC-32 of all that it writes and has it on disk when it ends; and benchmarks/plain_reshard.py, which loads
 everything, joins, cuts, saves and syncs. Each starts after a sync, with the output of the one before removed, and with
-its input in the page cache, where it was put just before by reading it; then the same with an input that is not there,
-unless `--cold false`. Seconds are of the whole command and, as `work`, from the end of `import torch` on. Memory is the
-most private anonymous memory (RssAnon) that the process had, looked at every 20 ms, beyond what `import torch` takes.
+its input in the page cache, where reading it has just put it; in half of the runs, unless `--cold false`, with an input
+that is not there. Seconds are of the whole command and, as `work`, of it without the start and the end of an
+interpreter that imports torch. Memory is the most private anonymous memory (RssAnon) that the process had, looked at
+every 20 ms, beyond what `import torch` takes.
 
-The weights are random, in the shape of 7B with `--layers` layers, in bf16; 9 layers are 4.2 GB, and the
-short script takes three times that in memory. Prints first how fast
-this machine hashes; the last line is JSON. `--save` keeps it in benchmarks/results/.
+The weights are random, in the shape of 7B with `--layers` layers, in bf16; 9 layers are 4.2 GB, and the short script
+takes up to three times that in memory. Prints first how fast this machine hashes; the last line is JSON. `--save` keeps
+it in benchmarks/results/.
 """
 
 import hashlib
