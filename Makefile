@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench bench-reshard clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -13,12 +13,13 @@ FAST := not slow and not gpu and not slurm
 SETTINGS := setup.cfg pyproject.toml Makefile
 
 help:
-	@echo 'make demo       answer three questions with the default model (135M parameters) over 2 ranks'
-	@echo 'make test       the fast tests'
-	@echo 'make test-slow  the slow tests: minutes each'
-	@echo 'make lint       style: ruff check, ruff format --check'
-	@echo 'make bench      decode speed beside Hugging Face, on the CPU'
-	@echo 'make clean      remove build output and caches; .venv stays (rm -r .venv removes it)'
+	@echo 'make demo           answer three questions with the default model (135M parameters) over 2 ranks'
+	@echo 'make test           the fast tests'
+	@echo 'make test-slow      the slow tests: minutes each'
+	@echo 'make lint           style: ruff check, ruff format --check'
+	@echo 'make bench          decode speed beside Hugging Face, on the CPU'
+	@echo 'make bench-reshard  resharding beside cp and a short script; 13 GB of disk and of memory'
+	@echo 'make clean          remove build output and caches; .venv stays (rm -r .venv removes it)'
 	@echo 'On a machine with a GPU: .venv/bin/python -m pytest -m gpu'
 
 demo: .venv/.installed-demo
@@ -39,6 +40,9 @@ lint: .venv/.installed-lint
 
 bench: .venv/.installed-test
 	$(PY) benchmarks/decode.py
+
+bench-reshard: .venv/.installed-test
+	$(PY) benchmarks/reshard.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -263,6 +263,8 @@ def entry(form: str, help: str, width: int) -> str:
 def default_note(default: Any) -> str:
     if default is MISSING or default is None or default == ():
         return " (required)" if default is MISSING else ""
+    if isinstance(default, tuple):
+        default = " ".join(default)
     return f" (default: {str(default).lower() if isinstance(default, bool) else default})"
 
 

@@ -91,7 +91,7 @@ def converted(name: str, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     if part.dtype != dtype and not is_finite(result) and is_finite(part):
         raise RunError(
             f"{name} holds {part.abs().max().item():.6g}, which is beyond the range of {str(dtype).split('.')[-1]} "
-            f"(at most {torch.finfo(dtype).max:.6g}): use another --dtype"
+            f"(at most {torch.finfo(dtype).max:.6g}): use another --dtype, and --overwrite"
         )
     return result
 

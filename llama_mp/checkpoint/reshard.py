@@ -25,6 +25,7 @@ from llama_mp.hf_config import hf_config_of
 from llama_mp.locate import Checkpoint, checkpoint_at
 from llama_mp.params_json import read_object
 from llama_mp.partial import Partial, partial_path
+from llama_mp.progress import Progress
 from llama_mp.reshard_request import ReshardFlags, request_of
 from llama_mp.tokenizer_export import tokenizer_folder
 from llama_mp.tokenizer_files import read_tokenizer
@@ -113,7 +114,10 @@ class Job:
     def check(self, folder: Path) -> None:
         """Read `folder` back and compare all of it with the input. Raises RunError for the first difference."""
         written = open_source(checkpoint_at(folder))
-        difference = next(compare(written, self.source, dtype_of=self.dtypes.__getitem__), None)
+        with Progress("comparing") as progress:
+            difference = next(
+                compare(written, self.source, dtype_of=self.dtypes.__getitem__, on_progress=progress), None
+            )
         if difference is not None:
             raise RunError(f"{folder} is not what was read: {difference}; run the same command again, and report it")
 
@@ -124,7 +128,8 @@ class Job:
         input_bytes = sum(file.stat().st_size for file in self.checkpoint.files)
         seconds = self.num_bytes / (hashing_rate() * HASHING_SHARE * num_threads())
         lines = {
-            "input": f"{self.checkpoint.path}: {self.checkpoint.kind}, {self.source.precision}, "
+            "input": f"{self.checkpoint.path}: {self.checkpoint.kind}, "
+            f"{'quantized' if self.is_quantized else self.source.precision}, "
             f"{counted(len(self.checkpoint.files), 'file')}, {input_bytes / 1e9:.2f} GB",
             "output": f"{self.flags.output}: {self.flags.format}, {self.num_bytes / 1e9:.2f} GB; "
             f"{self.free_bytes / 1e9:.2f} GB free on that disk",
@@ -158,7 +163,7 @@ class Job:
         if padded:
             sizes = ", ".join(f"{name} {getattr(self.source.config, name)} as {size}" for name, size in padded.items())
             yield (
-                f"at MP {self.flags.mp}, zeros and repeated KV heads fill up the shards ({sizes}): only llama-mp runs "
+                f"at MP {self.flags.mp}, zeros or copies of KV heads fill up the shards ({sizes}): only llama-mp runs "
                 "such a folder; resharded again, it gives back the exact original"
             )
         if self.without_tokenizer:

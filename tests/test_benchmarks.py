@@ -1,0 +1,42 @@
+"""benchmarks/reshard.py on a model of a few megabytes: it runs, compares equal work, tells the states of its input."""
+
+import json
+import sys
+from pathlib import Path
+
+from running import ROOT, Done, run
+
+TINY = ("--layers", "1", "--dim", "64", "--rounds", "1", "--degrees", "3:2")
+
+
+def bench(*flags: str | Path) -> Done:
+    return run(sys.executable, ROOT / "benchmarks" / "reshard.py", *TINY, *flags)
+
+
+def test_each_way_is_measured_and_the_last_line_is_json(tmp_path):
+    done = bench("--folder", tmp_path, "--cold", "false")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    found = result["degrees"]["3:2"]["cached"]
+    for name in ("reshard", "plain"):
+        [whole_s], [work_s] = found[f"{name}_whole_s"], found[f"{name}_work_s"]
+        assert 0 < work_s < whole_s
+        assert found[f"{name}_work_s_to_cp"] > 0
+        assert 10**6 < found[f"{name}_memory_bytes"] < 10**9
+    assert len(found["cp_s"]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_that_stays_in_memory_is_not_called_cold():
+    done = bench("--folder", "/dev/shm")  # always in memory
+    assert done.code == 1
+    assert "stays in memory on this file system" in done.error
+
+
+def test_help_shows_the_degrees_as_they_are_given():
+    assert "(default: 1:4 4:1 8:2 3:2)" in bench("--help").stdout
+
+
+def test_a_folder_without_room_is_refused(tmp_path):
+    refusal = run(sys.executable, ROOT / "benchmarks" / "reshard.py", "--dim", "65536", "--folder", tmp_path).refusal
+    assert "GB free, and 3 x " in refusal
