@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llama_mp.answer import Codec
 from llama_mp.checkpoint.compare import compare
 from llama_mp.checkpoint.cut import CHUNK_ELEMENTS
 from llama_mp.checkpoint.digests import OnProgress
@@ -27,8 +28,8 @@ from llama_mp.params_json import read_object
 from llama_mp.partial import Partial, partial_path
 from llama_mp.progress import Progress
 from llama_mp.reshard_request import ReshardFlags, request_of
+from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_export import tokenizer_folder
-from llama_mp.tokenizer_files import read_tokenizer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HF_FILE_BYTES = 5 * 10**9  # of data in each safetensors file, as Hugging Face has it
@@ -56,10 +57,15 @@ class Job:
         """Raises RequestError for an input that is not whole. No weight is read yet."""
         source = open_source(checkpoint)
         dtypes = {name: DTYPES.get(flags.dtype) or source.dtype(name) for name in source.names()}
-        tokenizer, without_tokenizer = tokenizer_files(checkpoint, flags.format)
+        tokenizer, files, without_tokenizer = None, {}, None
+        try:
+            tokenizer = fitting_tokenizer(checkpoint, source.config.vocab_size)
+            files = tokenizer_folder(checkpoint.tokenizer, checkpoint.path, hugging_face=flags.format == "hf")
+        except RequestError as error:  # the weights are none the worse for it
+            without_tokenizer = str(error)
         header = request_of(flags, checkpoint) | {"source_path": str(checkpoint.path.absolute())}
         if flags.format == "hf":
-            config_json = hugging_face_config(checkpoint, source, dtypes, has_tokenizer=bool(tokenizer))
+            config_json = hugging_face_config(checkpoint, source, dtypes, tokenizer)
             sink: Sink = HFSink(source.config, dtypes, config_json, HF_FILE_BYTES)
         else:
             original = read_object(checkpoint.path / "params.json") if checkpoint.kind == "meta" else None
@@ -72,7 +78,7 @@ class Job:
             source=source,
             sink=sink,
             dtypes=dtypes,
-            small_files=tokenizer | sink.small_files(),
+            small_files=files | sink.small_files(),
             header=header,
             without_tokenizer=without_tokenizer,
         )
@@ -198,18 +204,17 @@ def own_embedding_axis(checkpoint: Checkpoint, source: Source) -> int:
     return source.config.embedding_axis if has_choice else checkpoint.config.embedding_axis
 
 
-def tokenizer_files(checkpoint: Checkpoint, format: str) -> tuple[dict[str, bytes], str | None]:
-    """The files that make the output's tokenizer and template those of the input; without them, why there are none."""
+def fitting_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
+    """The tokenizer that came with the checkpoint. Raises RequestError when there is none, or another model's."""
     if checkpoint.tokenizer is None:
-        return {}, f"none was found with {checkpoint.path}"
-    try:
-        return tokenizer_folder(checkpoint.tokenizer, checkpoint.path, hugging_face=format == "hf"), None
-    except RequestError as error:  # the weights are none the worse for it
-        return {}, str(error)
+        raise RequestError(f"none was found with {checkpoint.path}")
+    codec = Codec(checkpoint)
+    codec.check_vocabulary(vocab_size)
+    return codec.tokenizer
 
 
 def hugging_face_config(
-    checkpoint: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype], *, has_tokenizer: bool
+    checkpoint: Checkpoint, source: Source, dtypes: Mapping[str, torch.dtype], tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     """The config.json of the output: the input's, where it has one, with the type of the weights."""
     types = {dtypes[name] for name in source.names() if len(source.shape(name)) == 2}
@@ -217,8 +222,5 @@ def hugging_face_config(
     if checkpoint.kind == "hf":
         values = read_object(checkpoint.path / "config.json")
         return values | {"dtype" if "dtype" in values else "torch_dtype": dtype}
-    bos_id, eos_ids = None, []
-    if has_tokenizer:
-        tokenizer, _ = read_tokenizer(checkpoint.tokenizer, checkpoint.path)
-        bos_id, eos_ids = tokenizer.bos_id, sorted(tokenizer.eos_ids)
-    return hf_config_of(source.config, dtype=dtype, bos_id=bos_id, eos_ids=eos_ids)
+    bos_id, eos_ids = (tokenizer.bos_id, tokenizer.eos_ids) if tokenizer else (None, ())
+    return hf_config_of(source.config, dtype=dtype, bos_id=bos_id, eos_ids=sorted(eos_ids))
