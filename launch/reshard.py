@@ -9,6 +9,7 @@ Examples:
 import sys
 
 from llama_mp import cli
+from llama_mp.partial import clean_up_after_kill
 from llama_mp.progress import Progress
 from llama_mp.reshard_request import ReshardFlags, check_request, is_finished
 
@@ -16,6 +17,8 @@ from llama_mp.reshard_request import ReshardFlags, check_request, is_finished
 def main(flags: ReshardFlags) -> int:
     checkpoint = check_request(flags)
     finished = is_finished(flags, checkpoint)
+    if finished and not flags.dry_run:
+        clean_up_after_kill(flags.output)
     if finished and not flags.check:
         print(f"{flags.output}: was whole already, nothing was written")
         return 0

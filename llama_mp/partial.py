@@ -22,8 +22,18 @@ REPLACED = ""  # the part of the journal that says that a folder was put aside
 
 
 def partial_path(output: Path) -> Path:
-    """Where `output` is while it is not whole."""
-    return output.with_name(output.name + ".partial")
+    """Where `output` is while it is not whole: beside the folder itself, where `output` is a link to one."""
+    return beside(output, ".partial")
+
+
+def replaced_path(output: Path) -> Path:
+    """Where what `output` held is put aside, until the new folder has its name."""
+    return beside(output, ".replaced")
+
+
+def beside(output: Path, suffix: str) -> Path:
+    real = Path(os.path.realpath(output))  # `.` and `..` have names then
+    return real.with_name(real.name + suffix)
 
 
 class Partial:
@@ -33,16 +43,22 @@ class Partial:
     another `request` (JSON values) and `overwrite` does not allow to throw that away."""
 
     def __init__(self, output: Path, request: Mapping[str, Any], *, overwrite: bool) -> None:
-        self.output, self.path = output, partial_path(output)
+        self.output, self.path = Path(os.path.realpath(output)), partial_path(output)
+        self.replaced = replaced_path(output)
         self.request = json.loads(json.dumps(request))  # as it will be read back
         self.overwrite = overwrite
         self.parts: dict[str, Any] = {}
+        self._check_output()
         self.path.mkdir(exist_ok=True)
-        self._journal = os.open(self.path / JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        is_ours = (self.path / JOURNAL).exists()
+        try:
+            self._journal = os.open(self.path / JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        except FileNotFoundError as error:
+            raise self._just_finished() from error
         try:
             lock(self._journal, self.path)
             self._check_still_there()
-            self._adopt()
+            self._adopt(is_ours)
         except BaseException:
             os.close(self._journal)
             raise
@@ -69,34 +85,54 @@ class Partial:
         """Let the folder take its name, in one step, once all that is in it is on disk. What was there goes last."""
         for path in (*self.path.iterdir(), self.path):
             sync(path)
-        replaced = self.output.with_name(self.output.name + ".replaced")
-        if self.overwrite and self.output.exists() and any(self.output.iterdir()):
+        if self.overwrite and is_filled(self.output):
             self.record(REPLACED, True)
-            self.output.rename(replaced)
+            os.fsync(self._journal)
+            self.output.rename(self.replaced)
         self.path.rename(self.output)  # refused by the kernel where a folder came to be that is not empty
         sync(self.output.parent)
-        if REPLACED in self.parts:
-            shutil.rmtree(replaced, ignore_errors=True)
-        # Last, and under the new name: until here nobody else could begin in a folder of the old one.
-        (self.output / JOURNAL).unlink()
+        clean_up(self.output, self.parts)
+
+    def _check_output(self) -> None:
+        """Raise RequestError when the folder could not take its name in the end."""
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+            raise RequestError(f"{self.path} is no folder, and is where this command writes at first: move it away")
+        if not is_filled(self.output):
+            return
+        if not self.overwrite:
+            raise RequestError(f"{self.output} is not empty: give another --output, or --overwrite to replace it")
+        clean_up_after_kill(self.output)
+        if os.path.lexists(self.replaced):
+            raise RequestError(
+                f"{self.replaced} is in the way, where what is replaced waits for its end: look at it, move it or "
+                f"rm -r {shlex.quote(str(self.replaced))}"
+            )
+
+    def _just_finished(self) -> RequestError:
+        return RequestError(f"another run has just finished {self.output}: look at it, or run the same command again")
 
     def _check_still_there(self) -> None:
         """Raise RequestError when another run renamed the folder while this one was opening its journal."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path / JOURNAL), os.fstat(self._journal)):
                 return
-        raise RequestError(f"another run has just finished {self.output}: look at it, or run the same command again")
+        raise self._just_finished()
 
-    def _adopt(self) -> None:
+    def _adopt(self, is_ours: bool) -> None:
         """Take over what was begun, or begin."""
-        begun, *parts = self._entries() or [None]
+        begun, parts = entries(self._journal)
         if begun == self.request:
-            self.parts = dict(parts)
+            self.parts = parts
             return
         others = [file for file in self.path.iterdir() if file.name != JOURNAL]
-        if others and not self.overwrite:
-            if begun is None:
+        if others and (not is_ours or any(file.is_dir() and not file.is_symlink() for file in others)):
+            if not is_ours:
                 (self.path / JOURNAL).unlink()
+            raise RequestError(
+                f"{self.path} holds what this command did not write, and is where it would write: move it away, or "
+                "give another --output"
+            )
+        if others and not self.overwrite:
             raise RequestError(
                 f"{self.path} was begun for another request: finish that with its own command, give --overwrite to "
                 f"begin anew, or rm -r {shlex.quote(str(self.path))}"
@@ -105,18 +141,8 @@ class Partial:
             file.unlink()
         os.ftruncate(self._journal, 0)
         self._append(self.request)
-
-    def _entries(self) -> list[Any]:
-        """The journal's lines; what a kill or a power cut left of the last ones is taken off."""
-        entries, end = [], 0
-        for line in os.pread(self._journal, os.fstat(self._journal).st_size, 0).splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line if line.endswith(b"\n") else b""))
-                end += len(line)
-                continue
-            break
-        os.ftruncate(self._journal, end)
-        return entries
+        if REPLACED in parts:  # it is still aside, and goes when this run ends
+            self.record(REPLACED, True)
 
     def _append(self, value: Any) -> None:
         line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
@@ -124,3 +150,45 @@ class Partial:
         if os.write(self._journal, line) < len(line):
             os.ftruncate(self._journal, start)
             raise OSError(FULL[0], os.strerror(FULL[0]), str(self.path / JOURNAL))
+
+
+def is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def clean_up(output: Path, parts: Mapping[str, Any]) -> None:
+    """What is left to do once the folder has its name; `parts`: of its journal."""
+    if REPLACED in parts:
+        shutil.rmtree(replaced_path(output), ignore_errors=True)
+    # Last, and under the new name: until here nobody else could begin in a folder of the old one.
+    (output / JOURNAL).unlink()
+
+
+def clean_up_after_kill(output: Path) -> None:
+    """Do what a run that was killed right after the last rename left to do. Raises RequestError if it still runs."""
+    with contextlib.suppress(FileNotFoundError):
+        journal = os.open(output / JOURNAL, os.O_RDWR)
+        try:
+            lock(journal, output)
+            _, parts = entries(journal)
+            clean_up(output, parts)
+        finally:
+            os.close(journal)
+
+
+def entries(journal: int) -> tuple[Any, dict[str, Any]]:
+    """(request, parts) as an open journal says; what a kill or a power cut left of the last lines is taken off."""
+    request, parts, end = None, {}, 0
+    for line in os.pread(journal, os.fstat(journal).st_size, 0).splitlines(keepends=True):
+        try:
+            value = json.loads(line if line.endswith(b"\n") else b"")
+            if end == 0:
+                request = value
+            else:
+                part, what = value
+                parts[part] = what
+        except (ValueError, TypeError, RecursionError):
+            break
+        end += len(line)
+    os.ftruncate(journal, end)
+    return request, parts

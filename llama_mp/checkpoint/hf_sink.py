@@ -14,7 +14,7 @@ from llama_mp.files import json_bytes
 from llama_mp.layout import Shard, shards
 from llama_mp.locate import HF_FILE, HF_INDEX
 
-MAX_FILE_BYTES = 5 * 10**9
+MAX_FILE_BYTES = 5 * 10**9 - (1 << 20)  # of tensors: with its header a file has 5 GB at most
 ALIGNMENT = 64  # bytes: of the data, so that it can be mapped into memory
 
 

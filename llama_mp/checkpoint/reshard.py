@@ -79,7 +79,7 @@ class Job:
         """Of the output's disk, with what an interrupted run holds there for this one."""
         folder = partial_path(self.flags.output)
         held = sum(file.stat().st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0
-        return shutil.disk_usage(self.flags.output.absolute().parent).free + held
+        return shutil.disk_usage(folder.parent).free + held
 
     def check_space(self) -> None:
         """Raise RequestError when the disk has no room for the output."""
