@@ -57,7 +57,8 @@ class Partial:
             raise self._just_finished() from error
         try:
             lock(self._journal, self.path)
-            self._check_still_there()
+            if not is_at(self.path / JOURNAL, self._journal):
+                raise self._just_finished()
             self._adopt(is_ours)
         except BaseException:
             os.close(self._journal)
@@ -111,13 +112,6 @@ class Partial:
     def _just_finished(self) -> RequestError:
         return RequestError(f"another run has just finished {self.output}: look at it, or run the same command again")
 
-    def _check_still_there(self) -> None:
-        """Raise RequestError when another run renamed the folder while this one was opening its journal."""
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self.path / JOURNAL), os.fstat(self._journal)):
-                return
-        raise self._just_finished()
-
     def _adopt(self, is_ours: bool) -> None:
         """Take over what was begun, or begin."""
         begun, parts = entries(self._journal)
@@ -156,6 +150,13 @@ def is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
+def is_at(path: Path, file: int) -> bool:
+    """Whether the open `file` lies at `path` still: another run may have renamed its folder before it was locked."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    return False
+
+
 def clean_up(output: Path, parts: Mapping[str, Any]) -> None:
     """What is left to do once the folder has its name; `parts`: of its journal."""
     if REPLACED in parts:
@@ -170,8 +171,9 @@ def clean_up_after_kill(output: Path) -> None:
         journal = os.open(output / JOURNAL, os.O_RDWR)
         try:
             lock(journal, output)
-            _, parts = entries(journal)
-            clean_up(output, parts)
+            if is_at(output / JOURNAL, journal):
+                _, parts = entries(journal)
+                clean_up(output, parts)
         finally:
             os.close(journal)
 

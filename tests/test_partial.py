@@ -257,6 +257,7 @@ def test_a_journal_that_takes_half_a_line(output: Path, monkeypatch: pytest.Monk
         folder.record("two", 2)
     monkeypatch.undo()
     assert folder.parts == {"one": 1}
+    assert (folder.path / JOURNAL).read_text().splitlines()[1:] == ['["one",1]']
     with Partial(output, REQUEST, overwrite=False) as folder:
         assert folder.parts == {"one": 1}
 

@@ -276,6 +276,23 @@ def test_one_that_opened_the_journal_before_it_was_renamed(
     assert "one" in names(left) if then == "nothing" else held(left)["two"] == WHOLE["two"]
 
 
+def test_cleaning_up_after_one_that_ended_meanwhile_takes_nothing(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third run may have put something aside since."""
+    finish(output, {"old": 1})
+    (output / JOURNAL).write_text(f'{json.dumps(REQUEST)}\n["",true]\n')
+
+    def end() -> None:
+        (output / JOURNAL).unlink()
+        output.rename(replaced_path(output))
+        shutil.copytree(replaced_path(output), output)
+
+    opened_before(monkeypatch, end)
+    clean_up_after_kill(output)
+    assert held(replaced_path(output)) == WHOLE == held(output)
+
+
 def test_one_that_found_the_folder_before_it_was_renamed(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Partial(output, REQUEST, overwrite=False)
     mkdir = Path.mkdir

@@ -1,6 +1,7 @@
 """A checkpoint written anew: from any source to any sink, in a folder that appears once it is whole."""
 
 import hashlib
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -109,7 +110,10 @@ class Job:
         written = open_source(checkpoint_at(folder))
         difference = next(compare(written, self.source, dtype_of=self.dtypes.__getitem__), None)
         if difference is not None:
-            raise RunError(f"{folder} is not what was read: {difference}; run the same command again, and report it")
+            raise RunError(
+                f"{folder} is not what was read: {difference}; rm -r {shlex.quote(str(folder))}, run the same command "
+                "again, and report it"
+            )
 
     # ---- what is said of it ------------------------------------------------------------------------------------
 
