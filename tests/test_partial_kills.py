@@ -25,6 +25,12 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "a folder"
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill takes nothing that was written; hundreds of syncs would take seconds."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 # ---- replaced --------------------------------------------------------------------------------------------------
 
 
