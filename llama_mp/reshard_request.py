@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mp.checkpoint.manifest import MANIFEST
+from llama_mp.checkpoint.manifest import MANIFEST, read_entries, size_of
 from llama_mp.errors import RequestError
 from llama_mp.files import sample_digest
 from llama_mp.flags import REQUIRED, Flags, check_at_least, flag
 from llama_mp.layout import check_degree
 from llama_mp.locate import Checkpoint, checkpoint_at
-from llama_mp.partial import finished
+from llama_mp.partial import clean_up_after_kill, is_filled, partial_path, replaced_path
 from llama_mp.version import VERSION
 
 
@@ -43,22 +43,28 @@ def check_request(flags: ReshardFlags) -> Checkpoint:
     checkpoint = checkpoint_at(flags.input)
     if flags.format == "meta":
         check_degree(checkpoint.config, flags.mp)
-    output = flags.output
-    if output.exists() and not output.is_dir():
+    output, real = flags.output, Path(os.path.realpath(flags.output))
+    if os.path.lexists(real) and not output.is_dir():
         raise RequestError(f"--output {output} is a file; give a folder that is not there yet")
-    if not output.absolute().parent.is_dir():
-        parent = output.absolute().parent
+    if os.path.ismount(output):
+        raise RequestError(f"--output {output} is where a disk is mounted; give a folder below it: {output / 'NAME'}")
+    if not real.parent.is_dir():
         raise RequestError(
-            f"--output {output}: there is no folder {parent}; make it: mkdir -p {shlex.quote(str(parent))}"
+            f"--output {output}: there is no folder {real.parent}; make it: mkdir -p {shlex.quote(str(real.parent))}"
         )
-    check_apart(checkpoint.path.resolve(), output.resolve())
+    check_apart(checkpoint, output)
     return checkpoint
 
 
-def check_apart(source: Path, output: Path) -> None:
-    """Raise RequestError where writing `output` would touch `source`."""
-    if source == output or source in output.parents or output in source.parents:
-        raise RequestError(f"--output {output} and --input {source} lie within one another; give another --output")
+def check_apart(checkpoint: Checkpoint, output: Path) -> None:
+    """Raise RequestError where writing `output` would touch the input: what its links lead to is of it too."""
+    read = {path.resolve() for path in (checkpoint.path, *checkpoint.files, checkpoint.tokenizer) if path}
+    for written in (output.resolve(), partial_path(output), replaced_path(output)):
+        for source in read:
+            if source == written or source in written.parents or written in source.parents:
+                raise RequestError(
+                    f"--output {written} and --input {source} lie within one another; give another --output"
+                )
 
 
 def request_of(flags: ReshardFlags, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -84,26 +90,30 @@ def is_finished(flags: ReshardFlags, checkpoint: Checkpoint) -> bool:
     """Whether --output holds what is asked for already. Raises RequestError when it holds anything else, unless
     --overwrite allows to replace a checkpoint."""
     output, request = flags.output, request_of(flags, checkpoint)
-    if not output.is_dir() or not os.listdir(output):
+    if not is_filled(output):
         return False
-    if finished(output) == request:
+    if not flags.dry_run and clean_up_after_kill(output) == request:
         return True
     manifest = read_manifest(output)
     if flags.overwrite:
-        if manifest or is_checkpoint(output):
+        if is_replaceable(output, manifest):
             return False
         raise RequestError(
             f"--overwrite, but {output} is not a checkpoint alone: give another --output, or remove it yourself"
         )
-    if all(manifest.get(key) == value for key, value in request.items()) and has_sizes(output, manifest):
+    if all(manifest.get(key) == value for key, value in request.items()) and has_sizes(output):
         return True
     raise RequestError(f"--output {output} is not empty: give another folder, or --overwrite to replace it")
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint and nothing more: no folder is in it."""
+def is_replaceable(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether `folder` is a checkpoint, or damaged one that we wrote, and nothing more: no folder is in it."""
+    if any(path.is_dir() for path in folder.iterdir()):
+        return False
+    if str(manifest.get("tool")).startswith("llama-mp "):
+        return True
     try:
-        return bool(checkpoint_at(folder)) and not any(path.is_dir() for path in folder.iterdir())
+        return bool(checkpoint_at(folder))
     except RequestError:
         return False
 
@@ -117,7 +127,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def has_sizes(folder: Path, manifest: Mapping[str, Any]) -> bool:
+def has_sizes(folder: Path) -> bool:
     """Whether every file of the manifest is there with its size."""
-    files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
+    files, faults = read_entries(folder)
+    return bool(files) and not faults and all(size_of(folder / name) == file.num_bytes for name, file in files.items())

@@ -1,16 +1,18 @@
 """Hugging Face's config.json as published, in both spellings of the rotations, and what is refused of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from factory import MODELS, hugging_face
-from transformers import LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-from llama_mp.config import ModelConfig, RopeScaling, load_size
+from llama_mp.config import ModelConfig, RopeScaling, load_size, size_names
 from llama_mp.errors import RequestError
-from llama_mp.hf_config import read_hf_config
+from llama_mp.hf_config import FIELDS, LLAMA3_FIELDS, hf_config_of, read_hf_config
 
 # As in the downloads (transformers 4), without the keys that say nothing of the architecture.
 LLAMA_2_7B = {
@@ -262,3 +264,51 @@ def test_files_that_are_no_objects(tmp_path: Path) -> None:
         assert "is not a JSON object; take config.json" in refusal(tmp_path, text)
     with pytest.raises(RequestError, match="cannot be read: No such file"):
         read_hf_config(tmp_path / "nowhere.json")
+
+
+# ---- written ---------------------------------------------------------------------------------------------------
+
+ALL = [*map(load_size, size_names()), *MODELS.values()]
+
+
+def as_read(config: ModelConfig, folder: Path) -> ModelConfig:
+    """`config` but for what config.json cannot say: a model that is known is recognized, another is the folder's."""
+    if config.name in MODELS:
+        return replace(config, name=folder.name, embedding_axis=0)
+    known = {field: getattr(ModelConfig, field) for field in ("native_mp", "source")}
+    return replace(config, embedding_axis=0, **known)
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
+def test_what_we_write_reads_back_as_the_same_model(tmp_path: Path, config: ModelConfig) -> None:
+    values = hf_config_of(config, dtype="bfloat16", bos_id=1, eos_ids=[2])
+    assert as_read(read(tmp_path, values), tmp_path) == as_read(config, tmp_path)
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda config: config.name)
+def test_transformers_makes_the_same_model_of_it(tmp_path: Path, config: ModelConfig) -> None:
+    eos_ids = [2, 7] if config.rope_scaling else [2]
+    read(tmp_path, hf_config_of(config, dtype="bfloat16", bos_id=1, eos_ids=eos_ids))
+    found = AutoConfig.from_pretrained(tmp_path)
+    assert (found.model_type, found.architectures) == ("llama", ["LlamaForCausalLM"])
+    for key, field in FIELDS.items():
+        assert getattr(found, key) == getattr(config, field)
+    assert (found.num_key_value_heads, found.head_dim) == (config.num_kv_heads, config.head_dim)
+    assert found.tie_word_embeddings == config.tied_embeddings
+    assert (found.dtype, found.bos_token_id) == (torch.bfloat16, 1)
+    assert found.eos_token_id == (eos_ids if config.rope_scaling else 2)
+    assert (found.hidden_act, found.attention_bias, found.mlp_bias) == ("silu", False, False)
+    rope = found.rope_parameters
+    assert rope["rope_theta"] == config.rope_theta
+    if config.rope_scaling:
+        assert rope["rope_type"] == "llama3"
+        assert {field: rope[key] for key, field in LLAMA3_FIELDS.items()} == vars(config.rope_scaling)
+    else:
+        assert rope["rope_type"] == "default"
+
+
+def test_tokens_that_are_not_known_are_null(tmp_path: Path) -> None:
+    values = hf_config_of(MODELS["gqa"], dtype="float32", bos_id=None, eos_ids=[])
+    assert values["bos_token_id"] is None and values["eos_token_id"] is None
+    read(tmp_path, values)
+    assert AutoConfig.from_pretrained(tmp_path).eos_token_id is None

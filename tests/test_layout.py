@@ -23,7 +23,9 @@ from llama_mp.layout import (
     heads_per_rank,
     kv_slots,
     matrix_shape,
+    padded_sizes,
     query_slots,
+    row_chunks,
     shards,
 )
 
@@ -265,3 +267,52 @@ def test_every_size_is_covered_exactly_at_1_to_8_and_16_ranks(size: str) -> None
                 times = num_times_held([rank[name] for rank in ranks], shape)
                 kv = copies_of_each_kv_head(config, mp) if ".wk." in name or ".wv." in name else 1
                 assert times == (mp if len(shape) == 1 else kv), f"{name} at MP {mp}"
+
+
+# ---- sizes and steps -------------------------------------------------------------------------------------------
+
+
+@given(drawn=models_and_degrees())
+def test_padded_sizes_are_those_of_all_shards_together(drawn: tuple[ModelConfig, int]) -> None:
+    config, mp = drawn
+    of_ranks = [shards(config, rank, mp) for rank in range(mp)]
+
+    def rows(name: str) -> int:
+        return sum(held[name].shape[0] for held in of_ranks)
+
+    held = {
+        "num_heads": rows("layers.0.attention.wq.weight") // config.head_dim,
+        "num_kv_heads": rows("layers.0.attention.wk.weight") // config.head_dim,
+        "hidden_dim": rows("layers.0.feed_forward.w1.weight"),
+        "vocab_size": rows("tok_embeddings.weight"),
+    }
+    sizes = padded_sizes(config, mp)
+    assert {name: sizes.get(name, getattr(config, name)) for name in held} == held
+    assert set(sizes) <= set(held) and all(size > getattr(config, name) for name, size in sizes.items())
+
+
+def test_padded_sizes_of_a_degree_that_divides_are_none() -> None:
+    assert padded_sizes(load_size("7B"), 8) == {}
+    assert padded_sizes(load_size("llama2-70b"), 16) == {"num_kv_heads": 16}
+    assert padded_sizes(load_size("smollm2-135m"), 2) == {"num_heads": 12, "num_kv_heads": 4}
+
+
+@given(
+    start=st.integers(0, 50),
+    num_rows=st.integers(0, 200),
+    num_cols=st.integers(0, 40),
+    max_elements=st.integers(1, 500),
+    unit=st.integers(1, 20),
+)
+def test_chunks_of_rows_are_whole_units_in_order(
+    start: int, num_rows: int, num_cols: int, max_elements: int, unit: int
+) -> None:
+    rows = Span(start, start + num_rows)
+    chunks = list(row_chunks(rows, num_cols, max_elements, unit=unit))
+    assert [row for chunk in chunks for row in range(*chunk)] == list(range(*rows))
+    for number, chunk in enumerate(chunks):
+        assert len(chunk) % unit == 0 or number == len(chunks) - 1
+        assert len(chunk) * num_cols <= max_elements or len(chunk) <= unit
+    # and no smaller than need be: one more unit would not fit
+    for chunk in chunks[:-1]:
+        assert (len(chunk) + unit) * max(1, num_cols) > max_elements

@@ -6,6 +6,7 @@ import re
 import shutil
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from llama_mp.checkpoint import cut
 from llama_mp.checkpoint import reshard as reshard_module
+from llama_mp.checkpoint.hf_sink import HFSink
 from llama_mp.checkpoint.load import open_source
 from llama_mp.checkpoint.reshard import Job, own_embedding_axis
 from llama_mp.config import ModelConfig, load_size
@@ -172,7 +174,7 @@ def test_hugging_face_loads_what_is_written_and_it_comes_back(tmp_path: Path, na
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_many_files_with_their_index(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reshard_module, "HF_FILE_BYTES", 60_000)
+    monkeypatch.setattr(reshard_module, "HFSink", partial(HFSink, max_file_bytes=60_000))
     config = MODELS["rope"]
     model = hugging_face(config).to(dtype)
     folder = reshard(write_hf(tmp_path / "one", model), tmp_path / "many", mp=None, format="hf")
@@ -287,5 +289,5 @@ def test_a_description_tells_files_bytes_memory_and_time(tmp_path: Path) -> None
         assert file.name == "manifest.json" or re.search(rf"^{file.name} +{file.stat().st_size} bytes$", text, re.M)
     assert "memory" in text and "GB free on that disk" in text and " s on " in text
     padded, tokenizer = job.notes()
-    assert padded.startswith("at MP 2, zeros and repeated KV heads fill up the shards (num_heads 9 as 12, ")
+    assert padded.startswith("at MP 2, zeros or copies of KV heads fill up the shards (num_heads 9 as 12, ")
     assert tokenizer.startswith("the output has no tokenizer: put one there yourself")

@@ -88,9 +88,9 @@ def chunks(source: Source, name: str, piece: Piece, max_elements: int) -> Iterat
 def converted(name: str, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`part` in `dtype`. Raises RunError where a number becomes infinite."""
     result = part.to(dtype)
-    if part.dtype != dtype and not is_finite(result) and is_finite(part):
+    if part.dtype != dtype and not is_finite(result) and (beyond := part[result.isinf() & part.isfinite()]).numel():
         raise RunError(
-            f"{name} holds {part.abs().max().item():.6g}, which is beyond the range of {str(dtype).split('.')[-1]} "
+            f"{name} holds {beyond.abs().max().item():.6g}, which is beyond the range of {str(dtype).split('.')[-1]} "
             f"(at most {torch.finfo(dtype).max:.6g}): use another --dtype, and --overwrite"
         )
     return result
@@ -103,6 +103,7 @@ class Writer:
         self.piece, self.file, self.on_bytes = piece, file, on_bytes
         self.num_rows, self.num_cols = matrix_shape(piece.shard.shape)
         self.row, self.offset = 0, piece.offset
+        self.num_placed = 0  # elements
         self.crc32, self.sha256 = 0, hashlib.sha256()
 
     def take(self, rows: Span, part: torch.Tensor) -> None:
@@ -111,11 +112,13 @@ class Writer:
         for row, side_by_side in groupby(held, key=lambda found: found.row):
             self.pad(row)
             self.write(self.block(list(side_by_side), rows.start, part))
+        self.num_placed += sum(len(found.span) * len(found.placement.cols) for found in held)
 
     def block(self, side_by_side: Sequence[Held], first_row: int, part: torch.Tensor) -> torch.Tensor:
         """Whole rows of this piece: a view of `part` where one placement fills them; zeros where none does."""
         span = side_by_side[0].span
         part = part[span.start - first_row : span.stop - first_row]
+        assert len(part) == len(span), f"{self.piece.name}: {len(part)} rows of {span}"
         if len(side_by_side[0].placement.cols) == self.num_cols:
             block = part[:, slice(*side_by_side[0].placement.cols)]
         else:
@@ -148,6 +151,8 @@ class Writer:
 
     def finish(self) -> Digest:
         self.pad(self.num_rows)
+        # As when weights are loaded: zeros stand where no placement is, and nowhere else.
+        assert self.num_placed == self.piece.shard.num_placed, f"{self.piece.name}: {self.num_placed} elements"
         assert self.offset == self.piece.offset + self.piece.num_bytes, f"{self.piece.name}: {self.offset}"
         # Linux starts to write such a range to disk, and does not wait for it: less is left for the sync at the end.
         os.posix_fadvise(self.file, self.piece.offset, self.piece.num_bytes, os.POSIX_FADV_DONTNEED)

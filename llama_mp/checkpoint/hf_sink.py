@@ -14,6 +14,7 @@ from llama_mp.files import json_bytes
 from llama_mp.layout import Shard, shards
 from llama_mp.locate import HF_FILE, HF_INDEX
 
+MAX_FILE_BYTES = 5 * 10**9 - (1 << 20)  # of tensors: with its header a file has 5 GB at most
 ALIGNMENT = 64  # bytes: of the data, so that it can be mapped into memory
 
 
@@ -27,7 +28,7 @@ class HFSink:
         config: ModelConfig,
         dtypes: Mapping[str, torch.dtype],
         config_json: Mapping[str, Any],
-        max_file_bytes: int,
+        max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
         self.config_json, self.head_dim = config_json, config.head_dim
         groups = in_groups(shards(config, 0, 1), dtypes, max_file_bytes)

@@ -1,6 +1,7 @@
 """A checkpoint written anew: from any source to any sink, in a folder that appears once it is whole."""
 
 import hashlib
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,6 @@ from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_export import tokenizer_folder
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-HF_FILE_BYTES = 5 * 10**9  # of data in each safetensors file, as Hugging Face has it
 HASHING_SHARE = 0.5  # of the processors' time, beside reading, cutting and writing (benchmarks/reshard.py)
 TOKENIZER_BYTES = 50 * 10**6  # of memory while it is written anew
 PROBE_BYTES = 32 << 20
@@ -66,7 +66,7 @@ class Job:
         header = request_of(flags, checkpoint) | {"source_path": str(checkpoint.path.absolute())}
         if flags.format == "hf":
             config_json = hugging_face_config(checkpoint, source, dtypes, tokenizer)
-            sink: Sink = HFSink(source.config, dtypes, config_json, HF_FILE_BYTES)
+            sink: Sink = HFSink(source.config, dtypes, config_json)
         else:
             original = read_object(checkpoint.path / "params.json") if checkpoint.kind == "meta" else None
             config = replace(source.config, embedding_axis=own_embedding_axis(checkpoint, source))
@@ -92,7 +92,7 @@ class Job:
         """Of the output's disk, with what an interrupted run holds there for this one."""
         folder = partial_path(self.flags.output)
         held = sum(file.stat().st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0
-        return shutil.disk_usage(self.flags.output.absolute().parent).free + held
+        return shutil.disk_usage(folder.parent).free + held
 
     def check_space(self) -> None:
         """Raise RequestError when the disk has no room for the output."""
@@ -125,7 +125,10 @@ class Job:
                 compare(written, self.source, dtype_of=self.dtypes.__getitem__, on_progress=progress), None
             )
         if difference is not None:
-            raise RunError(f"{folder} is not what was read: {difference}; run the same command again, and report it")
+            raise RunError(
+                f"{folder} is not what was read: {difference}; rm -r {shlex.quote(str(folder))}, run the same command "
+                "again, and report it"
+            )
 
     # ---- what is said of it ------------------------------------------------------------------------------------
 
