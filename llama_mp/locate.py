@@ -140,7 +140,7 @@ def check_numbering(path: Path, shards: Sequence[Path]) -> None:
     """Raise RequestError unless the shards are numbered 00, 01, ... up to the degree, and params.json stands by."""
     found = [shard.name for shard in shards]
     if not (path / "params.json").is_file():
-        raise RequestError(f"{path} lacks params.json: copy it there from the same download")
+        raise RequestError(f"{path} lacks params.json: {remedy_of(path)}")
     count = max(int(SHARD_NAME.fullmatch(found[-1])[1]) + 1, stated_degree(path / "params.json") or 0)
     missing = sorted({f"consolidated.{i:02d}.pth" for i in range(count)} - set(found))
     if missing:
@@ -157,7 +157,7 @@ def safetensors_files(path: Path) -> tuple[Path, ...]:
     if not single.exists() and not index.exists():
         raise RequestError(f"{path} lacks {HF_FILE} or {HF_INDEX}: copy it there from the same download")
     if not (path / "config.json").is_file():
-        raise RequestError(f"{path} lacks config.json: copy it there from the same download")
+        raise RequestError(f"{path} lacks config.json: {remedy_of(path)}")
     files = (single,) if single.exists() else files_in_index(index)
     for file in files:
         check_link(file)
@@ -167,6 +167,13 @@ def safetensors_files(path: Path) -> tuple[Path, ...]:
             f"{path} lacks {', '.join(missing)} of the {len(files)} files in {HF_INDEX}: copy what is missing there"
         )
     return files
+
+
+def remedy_of(path: Path) -> str:
+    """Where the small file that `path` lacks is to come from."""
+    if path.name.endswith(".partial"):
+        return "a resharding was interrupted there: run the same command again"
+    return "copy it there from the same download"
 
 
 def check_link(file: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +72,8 @@ class Partial:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         os.close(self._journal)
+        if isinstance(error, KeyboardInterrupt):
+            print(f"{self.path} is kept: the same command continues", file=sys.stderr)
         if isinstance(error, OSError) and error.errno in FULL:
             raise RunError(
                 f"{self.path} cannot be written: {error.strerror}; what is whole in it is kept: make room and run the "

@@ -15,6 +15,9 @@ from llama_mp.flags import REQUIRED, Flags, check_at_least, flag
 from llama_mp.layout import check_degree
 from llama_mp.locate import Checkpoint, checkpoint_at
 from llama_mp.partial import clean_up_after_kill, is_filled, partial_path, replaced_path
+from llama_mp.tokenizer_export import SETTINGS_FILES
+from llama_mp.tokenizer_files import folders_of_settings
+from llama_mp.tokenizer_settings import find
 from llama_mp.version import VERSION
 
 
@@ -72,7 +75,8 @@ def request_of(flags: ReshardFlags, checkpoint: Checkpoint) -> dict[str, Any]:
     described = {"meta": ["params.json"], "hf": ["config.json"], "gguf": []}[checkpoint.kind]
     files = [*checkpoint.files, *(checkpoint.path / name for name in described)]
     if checkpoint.tokenizer is not None:
-        files.append(checkpoint.tokenizer)
+        folders = folders_of_settings(checkpoint.tokenizer, checkpoint.path)
+        files += [checkpoint.tokenizer, *filter(None, (find(name, folders) for name in SETTINGS_FILES))]
     return {
         "tool": f"llama-mp {VERSION}",
         "format": flags.format,

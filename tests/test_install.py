@@ -47,6 +47,7 @@ WITH_TORCH = [
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
 ]
 WITHOUT_TORCH = [
+    "llama_mp.reshard_request",
     "llama_mp.batch",
     "llama_mp.chat",
     "llama_mp.terminal",
@@ -70,7 +71,6 @@ WITHOUT_TORCH = [
     "llama_mp.prompts",
     "llama_mp.launcher",
     "llama_mp.progress",
-    "llama_mp.reshard_request",
     "llama_mp.partial",
     "llama_mp.checkpoint.archive",
     "llama_mp.checkpoint.checklist",

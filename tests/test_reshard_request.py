@@ -396,3 +396,12 @@ def test_no_permission_to_look(source: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(PermissionError) as caught:
         is_finished(asked, checkpoint)
     assert caught.value.filename == str(tmp_path / "out")
+
+
+def test_a_changed_chat_template_is_another_request(tmp_path: Path, tiny: Path) -> None:
+    source = shutil.copytree(tiny, tmp_path / "source")
+    flags = ReshardFlags(input=source, output=tmp_path / "out", mp=1)
+    before = request_of(flags, check_request(flags))
+    assert request_of(flags, check_request(flags)) == before
+    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert request_of(flags, check_request(flags)) != before
