@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llama_mp.memory import kv_cache_bytes, padding_share
 from llama_mp.model import Transformer, build, fill
 from llama_mp.parallel import World, connect
 from llama_mp.prompts import Prompt
+from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 
 Messages = Sequence[Mapping[str, str]]
@@ -57,7 +59,8 @@ class LLM:
 
     @classmethod
     def of_checkpoint(cls, run: RunConfig, checkpoint: Checkpoint, world: World, *, codec: Codec | None) -> "LLM":
-        """The model of a located checkpoint in a world that is connected; `codec` on rank 0, None on the others."""
+        """The model of a located checkpoint in a world that is connected. `codec`: on rank 0, if there is one already.
+        Without a tokenizer the model can only `serve`."""
         llm = cls.__new__(cls)
         llm.open(run, checkpoint, world, codec)
         return llm
@@ -78,8 +81,9 @@ class LLM:
         start, world = time.perf_counter(), self.world
         with world.together():
             check_degree(self.checkpoint.config, world.size)
-            self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if world.is_leader else None
-            source = open_source(self.checkpoint)
+            has_text = world.is_leader and self.checkpoint.tokenizer is not None
+            self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if has_text else None
+            source = open_source(self.checkpoint, world.device)
             self.config = source.config
             if self.codec:
                 self.codec.check_vocabulary(self.config.vocab_size)
@@ -149,16 +153,24 @@ class LLM:
         max_seq_len = needed_length(answers, self.config, self.run.max_seq_len)
         waiting = {answer.request: answer for answer in answers if not answer.is_finished}
         num_slots = max(1, min(self.run.max_batch_size, len(waiting)))
+        with closing(self.serve(list(waiting), num_slots, max_seq_len, self.codec.tokenizer.eos_ids)) as moved:
+            for request in moved:
+                yield waiting[request], waiting[request].advance()
+
+    def serve(
+        self, requests: Sequence[Request], num_slots: int, max_seq_len: int, eos_ids: frozenset[int]
+    ) -> Generator[Request, None, None]:
+        """Rank 0: run `requests` to their end in a cache of `num_slots` x `max_seq_len`; each one that moved on, when it
+        did. The others `follow`."""
         leader = Leader(self.prepare(self.world.tell([num_slots, max_seq_len])), self.world)
-        engine = Engine(leader, eos_ids=self.codec.tokenizer.eos_ids, stats=self.stats)
-        for request in waiting:
+        engine = Engine(leader, eos_ids=eos_ids, stats=self.stats)
+        for request in requests:
             engine.submit(request)
         try:
             while engine.has_work:
                 with self.world.in_step():
                     moved = engine.step()
-                for request in moved:
-                    yield waiting[request], waiting[request].advance()
+                yield from moved
         except GeneratorExit:  # the caller has had enough; after any other error the ranks are not in step
             leader.stop()
             raise
