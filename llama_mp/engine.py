@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_mp.chunks import PREFILL_CHUNK, SCORED_CHUNK
 from llama_mp.request import Request
-from llama_mp.runner import PREFILL_CHUNK, SCORED_CHUNK, Leader
+from llama_mp.runner import Leader
 from llama_mp.sampling import Row, sample, token_logprobs, uniform
 
 

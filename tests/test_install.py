@@ -78,6 +78,8 @@ WITHOUT_TORCH = [
     "llama_mp.checkpoint.digests",
     "llama_mp.checkpoint.fault",
     "llama_mp.memory",
+    "llama_mp.activations",
+    "llama_mp.chunks",
     "llama_mp.locate",
     "llama_mp.hf_config",
     "llama_mp.params_json",

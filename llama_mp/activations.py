@@ -1,0 +1,90 @@
+"""Bytes that the passes hold beside weights and cache, at their peak: what model.py and sampling.py keep alive at once.
+
+Letters as in model.py: N tokens of a pass, L positions attended, C model dimension, H query heads, K KV heads, D head
+dimension, F hidden dimension, V vocabulary; H, K and F are this rank's share; e bytes an element.
+"""
+
+from typing import NamedTuple
+
+from llama_mp.config import ModelConfig
+from llama_mp.layout import heads_per_rank, padded
+
+FP32, INT64, COMPLEX64 = 4, 8, 8
+
+
+class Sizes(NamedTuple):
+    """What one rank computes with; `e` bytes an element."""
+
+    C: int
+    H: int
+    K: int
+    D: int
+    F: int
+    V: int  # of all ranks together, padding included
+    mp: int
+    e: int
+
+
+def sizes_of(config: ModelConfig, mp: int, element_bytes: int) -> Sizes:
+    num_kv, num_queries = heads_per_rank(config, mp)
+    return Sizes(
+        C=config.dim,
+        H=num_queries,
+        K=num_kv,
+        D=config.head_dim,
+        F=padded(config.hidden_dim, mp) // mp,
+        V=padded(config.vocab_size, mp),
+        mp=mp,
+        e=element_bytes,
+    )
+
+
+def rotation_bytes(config: ModelConfig, length: int) -> int:
+    """The table of rotations that a run keeps: complex64 [L, D / 2]."""
+    return length * config.head_dim // 2 * COMPLEX64
+
+
+def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
+    """A pass over `num_tokens` tokens of one row, the last of them at position `length` - 1.
+
+    From the second pass on a mask says what each token sees: bool [N, L], and the kernels of attention make numbers of
+    type e of it. Keys and values are repeated for each query head where several share one."""
+    mask = num_tokens * length * (1 + s.e) if length > num_tokens else 0
+    repeated = 2 * s.H * length * s.D * s.e if s.H > s.K else 0
+    attend = mask + repeated + num_tokens * s.H * s.D * s.e
+    return max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
+
+
+def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
+    """A step of one token for each row. Rows of different lengths have a mask; no keys or values are copied."""
+    mask = batch_size * length * (1 + s.e) if batch_size > 1 else 0
+    attend = mask + batch_size * s.H * s.D * s.e
+    return max(block_bytes(s, batch_size, attend), batch_size * s.C * s.e + choice_bytes(s, batch_size))
+
+
+def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
+    """The most that one block holds: in the rotation of q and k, in attention (`attend`), or in the feed-forward part.
+
+    Around each, the block's input, x after attention and the normed x are alive: N x C each.
+    Rotation: q, k, v [N, (H + 2K) D]; of q and k an fp32 copy (where e is less), the complex product, the result.
+    Feed-forward: w13's output 2F, silu(gate) F and its product F; then the product and w2's output C."""
+    qk = (s.H + s.K) * s.D
+    heads = (s.H + 2 * s.K) * s.D * s.e
+    rotate = qk * FP32 + (qk * (FP32 + s.e) if s.e < FP32 else 0)
+    rotated = qk * (s.e if s.e < FP32 else FP32)
+    attention = 2 * s.C * s.e + heads + max(rotate, rotated + s.C * s.e)
+    feed_forward = 3 * s.C * s.e + (3 * s.F + max(s.F, s.C)) * s.e
+    attending = num_tokens * (2 * s.C * s.e + heads + rotated) + attend
+    return max(num_tokens * max(attention, feed_forward), attending)
+
+
+def choice_bytes(s: Sizes, batch_size: int) -> int:
+    """Rank 0's logits, and what sampling makes of them where all are sorted.
+
+    Logits in type e: this rank's part, the parts received, and all joined. Sampling, per logit: the logits in fp32; a
+    double that becomes weights; weights, keys and the sorted keys in int64, of which the drawing makes weights, ends,
+    starts and masses: 8 x 8 bytes."""
+    logits = batch_size * s.V * s.e
+    gather = logits // s.mp + 2 * logits if s.mp > 1 else logits
+    draw = logits + batch_size * s.V * (FP32 + 8 * INT64)
+    return max(gather, draw)
