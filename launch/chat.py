@@ -32,6 +32,7 @@ def main(flags: ChatFlags) -> int:
 def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
     """One rank's part; rank 0 has the chat."""
     from llama_mp.llm import LLM
+    from llama_mp.measure import record_run
     from llama_mp.parallel import connect
 
     world = connect(flags)
@@ -45,6 +46,7 @@ def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
         summary = llm.summary()
         if world.is_leader:
             print(summary, file=sys.stderr)
+        record_run(llm, flags)
     return 0
 
 

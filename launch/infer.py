@@ -37,6 +37,7 @@ def main(flags: InferFlags) -> int:
 def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
     """One rank's part; rank 0 has the batch."""
     from llama_mp.llm import LLM
+    from llama_mp.measure import record_run
     from llama_mp.parallel import connect
 
     world = connect(flags)
@@ -51,6 +52,7 @@ def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
         summary = llm.summary()
         if world.is_leader:
             print(summary, file=sys.stderr)
+        record_run(llm, flags)
     return 0
 
 

@@ -34,9 +34,12 @@ class Ceiling:
 
 def measure_ceiling(world: World) -> Ceiling:
     """Every rank calls it; they read at the same time. Holds a GiB or two, which is given back."""
-    block = make_block(world.device, world.size)
+    with world.together():
+        block = make_block(world.device, world.size)
     stream_rate = together(world, block, block.sum)
-    if world.device.type != "cpu":
+    if world.device.type == "cuda":
+        del block
+        torch.cuda.empty_cache()  # the check against free memory comes next
         return Ceiling(stream_rate=stream_rate, product_rate=None, product=None)
     rates = {name: together(world, block, product) for name, product in products(block).items()}
     best = max(rates, key=rates.__getitem__)

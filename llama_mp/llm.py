@@ -69,7 +69,7 @@ class LLM:
         """Load this rank's weights. Fails on all ranks or on none."""
         self.run, self.checkpoint, self.world = run, checkpoint, world
         self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
-        self.closed = False
+        self.closed, self.shape = False, (0, 0)  # slots and positions of the largest cache so far
         try:
             self.load(codec)
         except BaseException:
@@ -160,8 +160,8 @@ class LLM:
     def serve(
         self, requests: Sequence[Request], num_slots: int, max_seq_len: int, eos_ids: frozenset[int]
     ) -> Generator[Request, None, None]:
-        """Rank 0: run `requests` to their end in a cache of `num_slots` x `max_seq_len`; each one that moved on, when it
-        did. The others `follow`."""
+        """Rank 0: run `requests` to their end in a cache of `num_slots` x `max_seq_len`; each one whenever it moved on.
+        The others `follow`."""
         leader = Leader(self.prepare(self.world.tell([num_slots, max_seq_len])), self.world)
         engine = Engine(leader, eos_ids=eos_ids, stats=self.stats)
         for request in requests:
@@ -193,6 +193,7 @@ class LLM:
     def prepare(self, shape: Sequence[int]) -> Runner:
         """A runner over a cache of (slots, positions) `shape`."""
         num_slots, max_seq_len = shape
+        self.shape = max(self.shape[0], num_slots), max(self.shape[1], max_seq_len)
         with self.world.together():
             cache = KVCache.allocate(
                 self.config,

@@ -28,6 +28,7 @@ from kinds import gguf_of_sentencepiece
 from running import ROOT, run
 
 from llama_mp.batch import InferFlags
+from llama_mp.bench import BenchFlags
 from llama_mp.chat import ChatFlags
 from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
@@ -126,8 +127,9 @@ def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
+    known = {name for verb in (InferFlags, ChatFlags, BenchFlags, VerifyFlags) for name in describe(verb)}
     named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
-    assert named - OTHER_FLAGS <= {*describe(InferFlags), *describe(ChatFlags), *describe(VerifyFlags)}
+    assert named - OTHER_FLAGS <= known
     assert f"(docs/{page})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
