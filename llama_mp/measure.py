@@ -117,6 +117,7 @@ def what_ran(llm: LLM) -> dict[str, Any]:
         "dtype": dtype_name(llm),
         "quant": "none",
         "offload": "none",
+        "device_type": llm.world.device.type,
         "device": device_name(llm.world.device),
         "device_memory_bytes": device_memory_bytes(llm.world.device),
         "batch_size": num_slots,

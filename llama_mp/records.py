@@ -129,8 +129,15 @@ def command_of(flags: Flags, ranks: int) -> str:
         value = getattr(flags, f.name)
         if value == f.default or f.name in ("record", "json", "output") or (f.name == "mp" and not by_itself):
             continue
-        words += [f"--{f.name}", "..." if f.name in PRIVATE_TEXTS else without_names(str(value))]
-    return shlex.join(words).replace("'...'", "...")
+        words += [f"--{f.name}", "..." if f.name in PRIVATE_TEXTS else quoted(without_names(str(value)))]
+    return " ".join(words)
+
+
+def quoted(text: str) -> str:
+    """`text` for a shell, which expands a ~ at its beginning."""
+    if text == "~":
+        return text
+    return f"~/{shlex.quote(text[2:])}" if text.startswith("~/") else shlex.quote(text)
 
 
 def without_names(text: str) -> str:
