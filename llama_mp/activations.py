@@ -47,19 +47,19 @@ def rotation_bytes(config: ModelConfig, length: int) -> int:
 def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
     """A pass over `num_tokens` tokens of one row, the last of them at position `length` - 1.
 
-    From the second pass on a mask says what each token sees: bool [N, L], and the kernels of attention make numbers of
-    type e of it. Keys and values are repeated for each query head where several share one."""
-    mask = num_tokens * length * (1 + s.e) if length > num_tokens else 0
+    From the second pass on a mask says what each token sees: bool [N, L], of which the kernels of attention make
+    numbers of type e. Keys and values are repeated for each query head where several share one."""
+    mask = num_tokens * length if length > num_tokens else 0
     repeated = 2 * s.H * length * s.D * s.e if s.H > s.K else 0
-    attend = mask + repeated + num_tokens * s.H * s.D * s.e
-    return max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
+    attend = mask * s.e + repeated + num_tokens * s.H * s.D * s.e
+    return mask + max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
 
 
 def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
     """A step of one token for each row. Rows of different lengths have a mask; no keys or values are copied."""
-    mask = batch_size * length * (1 + s.e) if batch_size > 1 else 0
-    attend = mask + batch_size * s.H * s.D * s.e
-    return max(block_bytes(s, batch_size, attend), batch_size * s.C * s.e + choice_bytes(s, batch_size))
+    mask = batch_size * length if batch_size > 1 else 0
+    attend = mask * s.e + batch_size * s.H * s.D * s.e
+    return mask + max(block_bytes(s, batch_size, attend), batch_size * s.C * s.e + choice_bytes(s, batch_size))
 
 
 def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
@@ -79,12 +79,11 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
 
 
 def choice_bytes(s: Sizes, batch_size: int) -> int:
-    """Rank 0's logits, and what sampling makes of them where all are sorted.
+    """Rank 0's logits, and what sampling makes of them where it has to sort them all.
 
-    Logits in type e: this rank's part, the parts received, and all joined. Sampling, per logit: the logits in fp32; a
-    double that becomes weights; weights, keys and the sorted keys in int64, of which the drawing makes weights, ends,
-    starts and masses: 8 x 8 bytes."""
-    logits = batch_size * s.V * s.e
-    gather = logits // s.mp + 2 * logits if s.mp > 1 else logits
-    draw = logits + batch_size * s.V * (FP32 + 8 * INT64)
-    return max(gather, draw)
+    Logits, in type e: this rank's part, the parts received, and all joined. For each of them `sample` holds an fp32
+    copy (where e is less), and `_draw` at its peak nine numbers of 8 bytes and a bool."""
+    num_logits = batch_size * s.V
+    gathering = num_logits * s.e // s.mp + 2 * num_logits * s.e if s.mp > 1 else 0
+    drawing = num_logits * (s.e + (FP32 if s.e < FP32 else 0) + 9 * INT64 + 1)
+    return max(gathering, drawing)

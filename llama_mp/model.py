@@ -19,6 +19,12 @@ from llama_mp.parallel import reduce
 from llama_mp.rope import rotate
 
 
+def keep(weight: torch.Tensor) -> torch.Tensor:
+    """As fairscale's `init_method`: random numbers for weights without data would import torch's compiler, which takes
+    a second and 70 MB of each rank."""
+    return weight
+
+
 class WithoutWeights(nn.Module):
     """fairscale's constructors allocate with `torch.Tensor`, which heeds no device: parameters become shapes without
     data on their way in, before anything touches their memory. Weights assigned later stay what they are."""
@@ -33,7 +39,7 @@ class ColumnLinear(WithoutWeights, ColumnParallelLinear):
     """fairscale's layer with its output left split, without the autograd wrappers of training."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, gather_output=False)
+        super().__init__(in_features, out_features, bias=False, gather_output=False, init_method=keep)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight)
@@ -43,7 +49,7 @@ class RowLinear(WithoutWeights, RowParallelLinear):
     """fairscale's layer on an input that is split already; the sum over the ranks is the output."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, input_is_parallel=True)
+        super().__init__(in_features, out_features, bias=False, input_is_parallel=True, init_method=keep)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return reduce(linear(x, self.weight))
@@ -161,7 +167,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, mp: int) -> None:
         super().__init__()
         vocab_size = padded(config.vocab_size, mp)
-        self.tok_embeddings = Embedding(vocab_size, config.dim)
+        self.tok_embeddings = Embedding(vocab_size, config.dim, init_method=keep)
         self.layers = nn.ModuleList(Block(config, mp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = ColumnLinear(config.dim, vocab_size)

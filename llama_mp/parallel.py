@@ -24,7 +24,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from llama_mp import errors
 from llama_mp.config import RunConfig
 from llama_mp.errors import LostContact, RequestError, RunError
-from llama_mp.machine import choose_device, threads_per_rank, unused_gpu
+from llama_mp.machine import choose_device, return_freed_memory, threads_per_rank, unused_gpu
 
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
@@ -178,6 +178,7 @@ def connect(run: RunConfig) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(threads_per_rank(local_size))
+    return_freed_memory()
     store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
     # torchrun's store outlives this world: the next one of the same ranks must not read what this one said.
     store = dist.PrefixStore(f"llama_mp/{store.add(f'llama_mp/worlds_of/{rank}', 1)}", store)
