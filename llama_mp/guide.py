@@ -65,9 +65,9 @@ speed.
 PLANNED = f"""\
 ## Planned
 
-Nothing in this table was run. Batch 1, {SEQ_LEN} positions. Tokens/s is what the memory's bandwidth allows at most, for a
-step reads every weight and the whole cache: expect half of it. The peak is that of one rank, and counts what the driver
-and the libraries take.
+Nothing in this table was run. Batch 1, {SEQ_LEN} positions. Tokens/s is what the memory's bandwidth allows at most,
+for a step reads every weight and the whole cache: expect half of it. The peak is that of one rank, and counts what the
+driver and the libraries take.
 """
 COLUMNS = "Model | MP | GPU | VRAM | Precision | Environment | tokens/s"
 MEASURED_HEADING = f"{COLUMNS} | measured peak | planned peak | batch x length | run"
