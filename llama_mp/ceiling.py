@@ -65,23 +65,33 @@ def products(block: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def together(world: World, block: torch.Tensor, read: Callable[[], torch.Tensor]) -> float:
-    """Bytes per second of all ranks in the best round. A round lasts as long as its slowest rank."""
+    """Bytes per second of all ranks in the best round."""
     best = 0.0
     read()  # warm-up
     for _ in range(ROUNDS):
         world.gather(None)
-        done = world.gather([block.nbytes * PASSES, seconds_of(read, block.device)])
-        best = max(best, sum(num_bytes for num_bytes, _ in done) / max(seconds for _, seconds in done))
+        done = world.gather([block.nbytes * PASSES, *seconds_of(read, block.device)])
+        best = max(best, sum(num_bytes for num_bytes, *_ in done) / duration(done, world.device))
     return best
 
 
-def seconds_of(read: Callable[[], torch.Tensor], device: torch.device) -> float:
+def duration(done: list[list[float]], device: torch.device) -> float:
+    """Seconds of a round, of (bytes, start, end) by rank. A GPU has its memory to itself: that of the slowest. On a CPU
+    from the first start to the last end, because ranks that read in turn would each have the whole memory."""
+    starts, ends = zip(*((start, end) for _, start, end in done), strict=True)
+    if device.type == "cuda":
+        return max(end - start for start, end in zip(starts, ends, strict=True))
+    return max(ends) - min(starts)
+
+
+def seconds_of(read: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, float]:
+    """Start and end of the passes, on the clock that all processes of a machine share."""
     synchronize(device)
-    start = time.perf_counter()
+    start = time.time()
     for _ in range(PASSES):
         read()
     synchronize(device)
-    return time.perf_counter() - start
+    return start, time.time()
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import greedy_of_random_weights
 from ranks import Ranks
 from running import ROOT, Done, run, torchrun
 
 from llama_mp.bench import BenchFlags, find_model, lines
-from llama_mp.ceiling import Ceiling
+from llama_mp.ceiling import Ceiling, duration
 from llama_mp.cli import parse
 from llama_mp.config import load_size
 from llama_mp.errors import RequestError
@@ -139,3 +140,10 @@ def test_lines_hold_the_figures() -> None:
 def test_ceiling_is_the_best_that_was_seen() -> None:
     assert Ceiling(stream_rate=2.0, product_rate=3.0, product="p").rate == 3.0
     assert Ceiling(stream_rate=2.0, product_rate=None, product=None).rate == 2.0
+
+
+def test_ranks_that_read_in_turn_are_not_counted_as_reading_at_once() -> None:
+    in_turn, at_once = [[1e9, 10.0, 11.0], [1e9, 11.0, 12.0]], [[1e9, 10.0, 11.0], [1e9, 10.0, 11.5]]
+    assert duration(in_turn, torch.device("cpu")) == 2.0
+    assert duration(at_once, torch.device("cpu")) == 1.5
+    assert duration(in_turn, torch.device("cuda")) == 1.0
