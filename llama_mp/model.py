@@ -4,10 +4,13 @@ Shape suffixes: B rows, T tokens of a row, N = B x T tokens, H query heads, K KV
 L positions attended, C model dimension, F hidden dimension, V vocabulary; H, K, F and V are this rank's share.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fairscale_layers
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
@@ -17,12 +20,6 @@ from llama_mp.kernels import linear
 from llama_mp.layout import heads_per_rank, padded
 from llama_mp.parallel import reduce
 from llama_mp.rope import rotate
-
-
-def keep(weight: torch.Tensor) -> torch.Tensor:
-    """As fairscale's `init_method`: random numbers for weights without data would import torch's compiler, which takes
-    a second and 70 MB of each rank."""
-    return weight
 
 
 class WithoutWeights(nn.Module):
@@ -39,7 +36,7 @@ class ColumnLinear(WithoutWeights, ColumnParallelLinear):
     """fairscale's layer with its output left split, without the autograd wrappers of training."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, gather_output=False, init_method=keep)
+        super().__init__(in_features, out_features, bias=False, gather_output=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight)
@@ -49,7 +46,7 @@ class RowLinear(WithoutWeights, RowParallelLinear):
     """fairscale's layer on an input that is split already; the sum over the ranks is the output."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, input_is_parallel=True, init_method=keep)
+        super().__init__(in_features, out_features, bias=False, input_is_parallel=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return reduce(linear(x, self.weight))
@@ -167,7 +164,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, mp: int) -> None:
         super().__init__()
         vocab_size = padded(config.vocab_size, mp)
-        self.tok_embeddings = Embedding(vocab_size, config.dim, init_method=keep)
+        self.tok_embeddings = Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, mp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = ColumnLinear(config.dim, vocab_size)
@@ -184,9 +181,21 @@ class Transformer(nn.Module):
         return self.output(self.norm(x_NC))
 
 
+@contextlib.contextmanager
+def without_filling() -> Iterator[None]:
+    """fairscale fills each weight with random numbers. On the meta device, where there is nothing to fill, that would
+    import torch's compiler: 2 s and 70 MB of each rank."""
+    fill_weight = fairscale_layers._initialize_affine_weight
+    fairscale_layers._initialize_affine_weight = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        fairscale_layers._initialize_affine_weight = fill_weight
+
+
 def build(config: ModelConfig, mp: int) -> Transformer:
     """The rank's model without weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), without_filling():
         return Transformer(config, mp).eval().requires_grad_(False)
 
 
