@@ -17,7 +17,7 @@ PAGE, FIGURE = "hardware.md", "hardware.svg"
 GB = 1e9
 SEQ_LEN = 2048
 FIGURE_SIZES, FIGURE_DEGREES = ("7B", "13B", "33B", "65B"), (1, 2, 4, 8)
-FIGURE_CARDS = ("RTX 2080", "T4", "RTX 4090", "A100 40GB", "A100 80GB")
+FIGURE_CARDS = ("RTX 2080", "RTX 4080", "RTX 4090", "A100 40GB", "A100 80GB SXM")
 
 
 class Row(NamedTuple):
@@ -146,7 +146,7 @@ def planned_row(row: Row) -> list[str]:
         return [*model, "none: CPU", "host's", kind, "any", "", gigabytes(peak), ""]
     gpu = find_gpu(row.gpu)
     card = [f"{row.mp} x {gpu.name}", gib(gpu.memory_bytes)]
-    fits = "yes" if peak <= gpu.memory_bytes else "no"
+    fits = "yes" if peak <= gpu.usable_bytes else "no"
     return [*model, *card, kind, "any", most_tokens_per_s(row, gpu), gigabytes(peak), fits]
 
 

@@ -153,8 +153,8 @@ def memory_of(llm: LLM) -> dict[str, int]:
 
 
 def record_run(llm: LLM, flags: RecordConfig) -> None:
-    """After any verb's run, on every rank: write the record that --record asks for."""
-    if flags.record is not None:
+    """After any verb's run, on every rank: write the record that --record asks for, unless nothing was computed."""
+    if flags.record is not None and llm.shape != (0, 0):
         memory = memory_of(llm)
         if llm.world.is_leader:
             write_record(llm, flags, rounded(what_ran(llm) | rates_of(llm) | memory))

@@ -51,6 +51,7 @@ WITH_TORCH = [
 ]
 WITHOUT_TORCH = [
     "llama_mp.bench",
+    "llama_mp.guide",
     "llama_mp.batch",
     "llama_mp.chat",
     "llama_mp.terminal",

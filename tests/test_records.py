@@ -3,10 +3,11 @@
 import json
 import multiprocessing
 import socket
+import sys
 from pathlib import Path
 
 import pytest
-from running import infer
+from running import CHAT, infer, run
 
 from llama_mp import records
 from llama_mp.batch import InferFlags
@@ -201,3 +202,18 @@ def test_no_record_unless_asked(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     assert infer("--ckpt_dir", tiny, "--prompt", "a", "--max_gen_len", "2").code == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_session_that_asked_nothing_leaves_no_record(tmp_path: Path) -> None:
+    done = run(sys.executable, CHAT, "--record", tmp_path / "runs", text="/quit\n")
+    assert done.code == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversation_is_recorded_without_its_words(tmp_path: Path) -> None:
+    done = run(sys.executable, CHAT, "--record", tmp_path, "--max_gen_len", "4", text="What is love?\n")
+    assert done.code == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    record = json.loads(file.read_text())
+    assert (record["verb"], record["size"], record["batch_size"]) == ("chat", "smollm2-135m", 1)
+    assert record["command"] == "python launch/chat.py --max_gen_len 4" and "love" not in file.read_text()
