@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llama_mp.advice import Device, fits, tokens_per_s
 from llama_mp.config import load_size, size_names
 from llama_mp.errors import RequestError
 from llama_mp.files import write_whole
-from llama_mp.gpus import Gpu, find_gpu
-from llama_mp.memory import RankMemory, Workload, rank_memory
+from llama_mp.gpus import find_gpu
+from llama_mp.memory import Workload, rank_memory
 
 PAGE, FIGURE = "hardware.md", "hardware.svg"
 GB = 1e9
@@ -66,8 +67,8 @@ PLANNED = f"""\
 ## Planned
 
 Nothing in this table was run. Batch 1, {SEQ_LEN} positions. Tokens/s is what the memory's bandwidth allows at most,
-for a step reads every weight and the whole cache: expect half of it. The peak is that of one rank, and counts what the
-driver and the libraries take.
+or that of the bus for what is offloaded, for a step reads every weight and the whole cache: expect half of it. The peak
+is that of one rank, and counts what the driver and the libraries take.
 """
 COLUMNS = "Model | MP | GPU | VRAM | Precision | Environment | tokens/s"
 MEASURED_HEADING = f"{COLUMNS} | measured peak | planned peak | batch x length | run"
@@ -140,27 +141,21 @@ def measured_row(record: Mapping[str, Any]) -> list[str]:
 
 
 def planned_row(row: Row) -> list[str]:
-    peak, model = plan_of(row).total_bytes, [row.size, str(row.mp)]
-    kind = precision(row.dtype, "none", row.offload)
+    config, workload = load_size(row.size), workload_of(row)
+    peak = gigabytes(rank_memory(config, row.mp, workload).total_bytes)
+    model, kind = [row.size, str(row.mp)], precision(row.dtype, "none", row.offload)
     if row.gpu is None:
-        return [*model, "none: CPU", "host's", kind, "any", "", gigabytes(peak), ""]
+        return [*model, "none: CPU", "host's", kind, "any", "", peak, ""]
     gpu = find_gpu(row.gpu)
+    device = Device(gpu.usable_bytes, gpu.bandwidth_bytes_per_s)
+    rate = tokens_per_s(config, row.mp, workload, device)
     card = [f"{row.mp} x {gpu.name}", gib(gpu.memory_bytes)]
-    fits = "yes" if peak <= gpu.usable_bytes else "no"
-    return [*model, *card, kind, "any", most_tokens_per_s(row, gpu), gigabytes(peak), fits]
+    return [*model, *card, kind, "any", f"{rate:.3g}", peak, "yes" if fits(config, row.mp, workload, device) else "no"]
 
 
-def most_tokens_per_s(row: Row, gpu: Gpu) -> str:
-    """By the card's bandwidth; offloaded blocks come over another road."""
-    memory = plan_of(row)
-    read = memory.weights_bytes + memory.kv_cache_bytes
-    return "" if row.offload != "none" else f"{gpu.bandwidth_bytes_per_s / read:.0f}"
-
-
-def plan_of(row: Row) -> RankMemory:
+def workload_of(row: Row) -> Workload:
     device = "cpu" if row.gpu is None else "cuda"
-    workload = Workload(dtype=row.dtype, offload=row.offload, seq_len=SEQ_LEN, device=device)
-    return rank_memory(load_size(row.size), row.mp, workload)
+    return Workload(dtype=row.dtype, offload=row.offload, seq_len=SEQ_LEN, device=device)
 
 
 def precision(dtype: str, quant: str, offload: str) -> str:
