@@ -43,7 +43,8 @@ def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
     if not world.tell(batch and batch.has_work):
         world.close()
         return show_finished(batch) if batch else 0
-    with LLM.of_checkpoint(flags, checkpoint, world, codec=batch and batch.codec) as llm:
+    codec, answers = (batch.codec, batch.answers) if batch else (None, ())
+    with LLM.of_checkpoint(flags, checkpoint, world, codec=codec, answers=answers) as llm:
         if batch is None:
             llm.follow()
         else:

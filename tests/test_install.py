@@ -47,6 +47,12 @@ WITH_TORCH = [
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
 ]
 WITHOUT_TORCH = [
+    "llama_mp.plan_text",
+    "llama_mp.plan",
+    "llama_mp.headers",
+    "llama_mp.fit",
+    "llama_mp.advice",
+    "llama_mp.gpus",
     "llama_mp.batch",
     "llama_mp.chat",
     "llama_mp.terminal",
