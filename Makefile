@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench bench-plan clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-slow  the slow tests: minutes each'
 	@echo 'make lint       style: ruff check, ruff format --check'
 	@echo 'make bench      decode speed beside Hugging Face, on the CPU'
+	@echo 'make bench-plan planned memory beside measured: ten minutes'
 	@echo 'make clean      remove build output and caches; .venv stays (rm -r .venv removes it)'
 	@echo 'On a machine with a GPU: .venv/bin/python -m pytest -m gpu'
 
@@ -39,6 +40,9 @@ lint: .venv/.installed-lint
 
 bench: .venv/.installed-test
 	$(PY) benchmarks/decode.py
+
+bench-plan: .venv/.installed-test
+	$(PY) benchmarks/plan.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -85,8 +85,8 @@ class Configuration:
         return rank_memory(self.config, self.mp, Workload(dtype=self.dtype, device=self.device, **sizes))
 
 
-def measure(wanted: Configuration) -> dict[str, Any]:
-    """In a rank: bytes of what was made, and the most that was held."""
+def measure(wanted: Configuration) -> list[dict[str, Any]] | None:
+    """In a rank: bytes of what was made, and the most that was held; on rank 0 those of every rank."""
     world = connect(RunConfig(device=wanted.device))
     peak = PeakMemory(world.device)
     config, dtype = wanted.config, DTYPES[wanted.dtype]
@@ -113,7 +113,7 @@ def measure(wanted: Configuration) -> dict[str, Any]:
     peak.close()
     gathered = world.gather(found)
     world.close()
-    return gathered
+    return gathered if world.is_leader else None
 
 
 def answer(wanted: Configuration, runner: Runner, world: World) -> None:

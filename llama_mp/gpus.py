@@ -18,7 +18,7 @@ NVIDIA_SMI = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,nohea
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card. `memory_bytes`: memory.total of nvidia-smi, error correction as shipped; bandwidth as its maker states."""
+    """A card. `memory_bytes`: memory.total of nvidia-smi, error correction as shipped; bandwidth as NVIDIA states."""
 
     name: str
     memory_bytes: int
@@ -193,7 +193,8 @@ def find_gpu(name: str) -> Gpu:
     wanted = plain(name)
     if wanted in BY_NAME:
         return BY_NAME[wanted]
-    near = difflib.get_close_matches(wanted, BY_NAME, n=NUM_NEAREST, cutoff=0.5)
+    near = [known for known in BY_NAME if wanted and known.startswith(wanted)]
+    near = near or difflib.get_close_matches(wanted, BY_NAME, n=NUM_NEAREST, cutoff=0.5)
     names = list(dict.fromkeys(BY_NAME[match].name for match in near)) or [gpu.name for gpu in GPUS]
     raise RequestError(
         f"--gpu {name} is not known; {'nearest' if near else 'known'}: {', '.join(names)}; "

@@ -9,6 +9,7 @@ import torch
 
 from llama_mp.cores import cores_at_hand, threads_asked
 from llama_mp.errors import RequestError
+from llama_mp.fit import Room, free_host_bytes
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -73,6 +74,15 @@ def choose_dtype(wanted: str, precision: str, device: torch.device) -> torch.dty
 def threads_per_rank(local_size: int) -> int:
     """LLAMA_MP_THREADS, else the cores at hand shared among this machine's ranks."""
     return threads_asked() or max(1, cores_at_hand() // local_size)
+
+
+def free_room(device: torch.device, local_size: int) -> Room:
+    """The memory that each of this machine's `local_size` ranks can still get."""
+    if device.type == "cpu":
+        return Room(free_host_bytes() // local_size, "for it in main memory", is_shared=True)
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for later
+    return Room(free + kept, f"on {device}", is_shared=False)
 
 
 def return_freed_memory() -> None:

@@ -17,7 +17,7 @@ from llama_mp.files import json_bytes, write_whole
 from llama_mp.llm import LLM
 from llama_mp.locate import Checkpoint
 from llama_mp.machine import DTYPE_NAMES
-from llama_mp.memory import RankMemory, Workload, rank_memory
+from llama_mp.memory import kv_cache_bytes
 from llama_mp.parallel import World, connect
 from llama_mp.records import RecordConfig
 from llama_mp.request import Request
@@ -62,7 +62,7 @@ def run_once(llm: LLM, flags: BenchFlags, gen_len: int) -> dict[str, float]:
     prompts = [[(1000 + 31 * row + 7 * i) % vocabulary for i in range(length)] for row in range(flags.batch_size)]
     requests = [Request(id=str(row), prompt=prompt, sampling=sampling) for row, prompt in enumerate(prompts)]
     llm.stats = Stats()
-    for _ in llm.serve(requests, flags.max_batch_size, flags.max_seq_len, frozenset()):
+    for _ in llm.serve(requests, (flags.max_batch_size, flags.max_seq_len), frozenset()):
         pass
     return rates_of(llm)
 
@@ -76,8 +76,17 @@ def rates_of(llm: LLM) -> dict[str, float | None]:
         "tpot_s": stats.decode_s / stats.decode_steps if decoded else None,
         "decode_tokens_per_s": stats.decoded_tokens / stats.decode_s if decoded else None,
         "prefill_tokens_per_s": stats.prefilled_tokens / stats.prefill_s if stats.prefill_s else None,
-        "achieved_gb_per_s": llm.decode_bytes() / stats.decode_s / 1e9 if decoded else None,
+        "achieved_gb_per_s": decode_bytes(llm) / stats.decode_s / 1e9 if decoded else None,
     }
+
+
+def decode_bytes(llm: LLM) -> int:
+    """Bytes that the decode steps had to read, over all ranks: the weights once a step, and the cache in use."""
+    embedding = llm.model.tok_embeddings.weight  # a lookup reads a row of it, tied embeddings the whole as output
+    mp, dtype = llm.world.size, DTYPE_NAMES[llm.dtype]
+    untied = 0 if llm.config.tied_embeddings else embedding.numel() * embedding.element_size() * mp
+    position = mp * kv_cache_bytes(llm.config, mp, dtype, batch_size=1, seq_len=1)
+    return llm.stats.decode_steps * (llm.loaded.weight_bytes - untied) + llm.stats.decode_positions * position
 
 
 def median_of(runs: list[dict[str, float | None]]) -> dict[str, float]:
@@ -138,18 +147,10 @@ def device_memory_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if is_cuda else records.host_memory_bytes()
 
 
-def plan_of(llm: LLM) -> RankMemory:
-    num_slots, seq_len = llm.shape
-    workload = Workload(
-        dtype=dtype_name(llm), batch_size=num_slots, seq_len=max(2, seq_len), device=llm.world.device.type
-    )
-    return rank_memory(llm.config, llm.world.size, workload)
-
-
 def memory_of(llm: LLM) -> dict[str, int]:
     """Every rank calls it: the largest rank's peak, and what was planned for it."""
     peak = max(llm.world.gather(llm.peak_memory.read()))
-    return {"peak_memory_bytes": peak, "planned_memory_bytes": plan_of(llm).allocated_bytes}
+    return {"peak_memory_bytes": peak, "planned_memory_bytes": llm.planned.allocated_bytes}
 
 
 def record_run(llm: LLM, flags: RecordConfig) -> None:
@@ -167,12 +168,25 @@ def write_record(llm: LLM, flags: RecordConfig, result: dict[str, Any]) -> None:
         "verb": Path(sys.argv[0]).stem,
         "date": records.today(),
         **result,
-        "plan": plan_of(llm)._asdict(),
+        "plan": llm.planned._asdict(),
         "environment": records.environment(versions) | {"threads_per_rank": torch.get_num_threads()},
         "command": records.command_of(flags, llm.world.size),
     }
     path = records.save(flags.record, record)
     print(f"recorded in {path}", file=sys.stderr)
+
+
+def summary(llm: LLM) -> str:
+    """The end line of a run. Every rank calls it; rates and bytes are sums over the ranks, memory the largest."""
+    loaded, rates, memory = llm.loaded, rates_of(llm), memory_of(llm)
+    load_rate = loaded.bytes_read / loaded.seconds
+    parts = [f"loaded {loaded.bytes_read / 1e9:.2f} GB in {loaded.seconds:.1f} s ({load_rate / 1e9:.2f} GB/s)"]
+    if rates["ttft_s"] is not None:
+        parts.append(f"TTFT {rates['ttft_s']:.3f} s")
+    if rates["decode_tokens_per_s"] is not None:
+        parts.append(f"{rates['decode_tokens_per_s']:.1f} tokens/s; {rates['achieved_gb_per_s']:.1f} GB/s")
+    peak, planned = memory["peak_memory_bytes"], memory["planned_memory_bytes"]
+    return "; ".join([*parts, f"peak memory {peak / 1e9:.2f} GB per rank (planned {planned / 1e9:.2f} GB)"])
 
 
 # ---- what is printed -----------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 All figures are bytes of tensors. Rank 0 holds most: it gathers the logits.
 """
 
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from llama_mp.activations import decode_bytes, prefill_bytes, rotation_bytes, sizes_of
+from llama_mp.activations import FP32, decode_bytes, prefill_bytes, rotation_bytes, sizes_of
 from llama_mp.chunks import LOAD_ELEMENTS, PREFILL_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.flags import check_at_least
@@ -72,15 +72,16 @@ def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     sizes, length = sizes_of(config, mp, workload.element_bytes), workload.seq_len
     num_tokens = min(PREFILL_CHUNK, length - 1)
     passes = (prefill_bytes(sizes, num_tokens, length - 1), decode_bytes(sizes, workload.batch_size, length))
-    return rotation_bytes(config, length) + max(passes)
+    workspace = CUBLAS_BYTES if workload.device == "cuda" else 0
+    return rotation_bytes(config, length) + workspace + max(passes)
 
 
 def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """Beside the weights while the last of them load: a chunk in fp32, and what is yet to be quantized."""
-    chunk = LOAD_ELEMENTS * 4 if workload.device == "cpu" else LOAD_ELEMENTS * workload.element_bytes
+    chunk = LOAD_ELEMENTS * FP32 if workload.device == "cpu" else LOAD_ELEMENTS * workload.element_bytes
     if workload.quant == "none":
         return chunk
-    held = run_time_shards(config, 0, mp, workload.quant)
+    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant)
     largest = max(shard.num_elements for shard in held.values() if is_quantized(shard, workload.quant))
     return chunk + largest * workload.element_bytes
 
@@ -100,47 +101,59 @@ def is_quantized(shard: Shard, quant: str) -> bool:
     return quant != "none" and len(shard.shape) == 2 and shard.name != "tok_embeddings.weight"
 
 
-def shard_bytes(shard: Shard, workload: Workload) -> int:
+def shard_bytes(shard: Shard, quant: str, element_bytes: int) -> int:
     """Bytes of a parameter on its rank: int8 with a scale for each row, int4 with scale and zero point a group."""
-    if not is_quantized(shard, workload.quant):
-        return shard.num_elements * workload.element_bytes
+    if not is_quantized(shard, quant):
+        return shard.num_elements * element_bytes
     rows, cols = shard.shape
-    if workload.quant == "int8":
+    if quant == "int8":
         return rows * (cols + INT8_SCALE_BYTES)
     return rows * -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
 
 
-def in_block(name: str) -> bool:
-    return name.startswith("layers.")
+class WeightBytes(NamedTuple):
+    """Bytes of one rank's parameters: of one block, which are all alike; of what is outside of the blocks; and of the
+    embeddings among these, of which a step reads a few rows, unless they are the output matrix too."""
+
+    block: int
+    others: int
+    lookup: int
+
+
+@functools.lru_cache(maxsize=1024)
+def parameters(config: ModelConfig, rank: int, mp: int, quant: str, dtype: str) -> WeightBytes:
+    """Summed over one block, since the layout of each is the same."""
+    held = run_time_shards(replace(config, num_layers=1), rank, mp, quant)
+    sizes = {name: shard_bytes(shard, quant, BYTES_PER_ELEMENT[dtype]) for name, shard in held.items()}
+    block = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    lookup = 0 if config.tied_embeddings else sizes["tok_embeddings.weight"]
+    return WeightBytes(block, sum(sizes.values()) - block, lookup)
 
 
 def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str, quant: str = "none") -> int:
     """Bytes of the parameters of `rank`, zeros of the padding included; tied embeddings are held once."""
-    return sum(bytes_by_name(config, rank, mp, Workload(dtype=dtype, quant=quant)).values())
-
-
-def bytes_by_name(config: ModelConfig, rank: int, mp: int, workload: Workload) -> dict[str, int]:
-    held = run_time_shards(config, rank, mp, workload.quant)
-    return {name: shard_bytes(shard, workload) for name, shard in held.items()}
+    held = parameters(config, rank, mp, quant, dtype)
+    return config.num_layers * held.block + held.others
 
 
 def device_weight_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """Weights on the device: all of them; with offloading two blocks and what is outside of the blocks."""
-    sizes = bytes_by_name(config, 0, mp, workload)
-    blocks = block_bytes_of(sizes)
-    resident = sum(sizes.values()) - blocks
-    if workload.offload == "none":
-        return resident + blocks
-    return resident + min(BLOCK_SLOTS, config.num_layers) * (blocks // config.num_layers)
+    held = parameters(config, 0, mp, workload.quant, workload.dtype)
+    num_blocks = config.num_layers if workload.offload == "none" else min(BLOCK_SLOTS, config.num_layers)
+    return num_blocks * held.block + held.others
+
+
+def decode_read_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Weights that one rank reads in a step."""
+    held = parameters(config, 0, mp, workload.quant, workload.dtype)
+    return config.num_layers * held.block + held.others - held.lookup
 
 
 def offloaded_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """Blocks of one rank that wait in the host's memory or on disk."""
-    return 0 if workload.offload == "none" else block_bytes_of(bytes_by_name(config, 0, mp, workload))
-
-
-def block_bytes_of(sizes: Mapping[str, int]) -> int:
-    return sum(held for name, held in sizes.items() if in_block(name))
+    if workload.offload == "none":
+        return 0
+    return config.num_layers * parameters(config, 0, mp, workload.quant, workload.dtype).block
 
 
 def checkpoint_bytes(config: ModelConfig, dtype: str) -> int:
@@ -165,12 +178,26 @@ def padding_share(config: ModelConfig, mp: int) -> float:
 
 # ---- what a process takes beside ---------------------------------------------------------------------------------
 
-# Context of CUDA and its libraries' kernels, and torch's allocator's slack: to be measured; with NCCL beside it.
+# On a GPU: CUDA's context, the kernels of torch, cuBLAS and NCCL, and what torch's allocator keeps between tensors.
+# Estimates, as nvidia-smi shows for a process of torch 2 on cards of these years; no measurement of ours stands behind
+# them yet. On a CPU: private memory of a process of torch 2.13 after `connect` (161 MB; benchmarks/plan.py).
 CUDA_RUNTIME_BYTES, NCCL_BYTES = 600_000_000, 400_000_000
-CPU_RUNTIME_BYTES = 200_000_000
+CUDA_HOST_BYTES = 1_500_000_000  # main memory of a process of torch that computes on a GPU: an estimate too
+CPU_RUNTIME_BYTES = 165_000_000
+# The workspace of cuBLAS is a tensor of torch's: 32 MiB on Hopper, 8 MiB elsewhere (torch, CUDABlas.cpp).
+CUBLAS_BYTES = 32 << 20
 
 
 def runtime_bytes(mp: int, device: str) -> int:
     if device == "cpu":
         return CPU_RUNTIME_BYTES
     return CUDA_RUNTIME_BYTES + (NCCL_BYTES if mp > 1 else 0)
+
+
+def host_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Main memory of all ranks of one machine at its most, without the page cache: beside a GPU while they load, a
+    chunk in fp32 each and the blocks that wait there; on a CPU all that they hold."""
+    if workload.device == "cpu":
+        return mp * rank_memory(config, mp, workload).total_bytes
+    waiting = offloaded_bytes(config, mp, workload) if workload.offload == "cpu" else 0
+    return mp * (CUDA_HOST_BYTES + LOAD_ELEMENTS * FP32 + waiting)

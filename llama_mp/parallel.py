@@ -73,6 +73,7 @@ class World:
     size: int
     device: torch.device
     store: dist.Store
+    local_size: int = 1  # ranks on this machine
     patience_s: float = LEAST_PATIENCE_S  # for which rank 0's heart may stand still while the others wait for it
     heartbeat: Heartbeat | None = None  # of rank 0, where there are others
     num_messages: int = 0  # set-up messages so far; every rank counts alike
@@ -188,7 +189,7 @@ def connect(run: RunConfig) -> World:
     groups = dist.PrefixStore("groups", store)
     # Control messages wait for rank 0, which may wait for a person or a full pipe; tensors wait --step_timeout alone.
     dist.init_process_group(control, store=groups, rank=rank, world_size=size, timeout=SETUP_TIMEOUT)
-    world = World(rank=rank, size=size, device=torch.device("cpu"), store=store)
+    world = World(rank=rank, size=size, device=torch.device("cpu"), store=store, local_size=local_size)
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
     if world.is_leader and (note := unused_gpu(run.device)):

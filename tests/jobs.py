@@ -99,7 +99,7 @@ def greedy_of_random_weights(size: str, num_layers: int) -> list[list[int]] | No
                 continue
             sampling = SamplingConfig(temperature=0, max_gen_len=8)
             request = Request(id="0", prompt=list(range(1000, 1016)), sampling=sampling)
-            for _ in llm.serve([request], 1, 24, frozenset()):
+            for _ in llm.serve([request], (1, 24), frozenset()):
                 pass
             found.append(request.tokens)
         return found if llm.world.is_leader else None

@@ -52,6 +52,12 @@ WITH_TORCH = [
 WITHOUT_TORCH = [
     "llama_mp.bench",
     "llama_mp.guide",
+    "llama_mp.plan_text",
+    "llama_mp.plan",
+    "llama_mp.headers",
+    "llama_mp.fit",
+    "llama_mp.advice",
+    "llama_mp.gpus",
     "llama_mp.batch",
     "llama_mp.chat",
     "llama_mp.terminal",
