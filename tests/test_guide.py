@@ -123,9 +123,9 @@ def test_the_rows_that_people_ask_about_are_planned() -> None:
     memory = rank_memory(load_size("65B"), 8, Workload(dtype="fp16", seq_len=2048))
     assert next(row[7] for row in rows if row[0] == "65B") == f"{memory.total_bytes / 1e9:.2f} GB"
     assert all(row[8] == "yes" for row in rows if row[2] != "none: CPU")
-    for row in rows:  # a limit is what bandwidth and weights make: 7B in fp16 is 13.5 GB, and the cache 1
+    for row in rows:  # 1555 GB/s over 13.5 GB of weights, less the embeddings, and 1 GB of cache
         if row[0] == "7B" and row[2].endswith("A100 40GB"):
-            assert float(row[6]) == pytest.approx(1555 / 14.55, rel=0.01)
+            assert float(row[6]) == pytest.approx(1555 / 14.29, rel=0.01)
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
