@@ -61,7 +61,7 @@ MEASURED = """\
 Each row is one run; its record has the command and the rest. Tokens/s are those of decoding, all rows of the batch
 together. The peak is that of the rank that holds most: allocated on a GPU, on a CPU private memory above that of a
 process without a model; the planned one beside it counts the same. Random weights have the shape of the model, and its
-speed.
+speed. The memory speed of a shared machine drifts: the record of a bench has the ceiling of its own minute.
 """
 PLANNED = f"""\
 ## Planned

@@ -129,7 +129,9 @@ def command_of(flags: Flags, ranks: int) -> str:
         value = getattr(flags, f.name)
         if value == f.default or f.name in ("record", "json", "output") or (f.name == "mp" and not by_itself):
             continue
-        words += [f"--{f.name}", "..." if f.name in PRIVATE_TEXTS else quoted(without_names(str(value)))]
+        words.append(f"--{f.name}")
+        if value is not True:
+            words.append("..." if f.name in PRIVATE_TEXTS else quoted(without_names(str(value))))
     return " ".join(words)
 
 

@@ -127,6 +127,7 @@ def test_help_shows_that_the_folder_is_optional(flags_class: type) -> None:
 def test_a_command_holds_what_was_asked_and_nothing_of_the_user(alice: None) -> None:
     said = command("--ckpt_dir", "/home/alice/models/my 7B", "--prompt", "dear alice", "--stop", "END", "--mp", "2")
     assert said == "python launch/infer.py --stop ... --ckpt_dir ~/'models/my 7B' --prompt ... --mp 2"
+    assert command("--chat", "--prompt", "a") == "python launch/infer.py --prompt ... --chat"
     assert command("--ckpt_dir", "~/m") == "python launch/infer.py --ckpt_dir ~/m"
     assert command("--ckpt_dir=/home/alice") == "python launch/infer.py --ckpt_dir ~"
     assert command("--prompts_file", "/data/alice/secret/p.txt") == "python launch/infer.py --prompts_file .../p.txt"
