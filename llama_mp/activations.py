@@ -63,19 +63,23 @@ def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
 
 
 def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
-    """The most that one block holds: in the rotation of q and k, in attention (`attend`), or in the feed-forward part.
+    """The most that one block holds: where q and k are rotated, in attention (`attend`), behind it, or in the
+    feed-forward part.
 
-    Around each, the block's input, x after attention and the normed x are alive: N x C each.
-    Rotation: q, k, v [N, (H + 2K) D]; of q and k an fp32 copy (where e is less), the complex product, the result.
+    Around each, the block's input, x after attention and the normed x are alive: C each. Over several ranks the last
+    sum, C, is let go late by the thread that made it.
+    Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result.
+    Behind attention: q, k, v, the rotated q and k, attention's output H D and wo's C.
     Feed-forward: w13's output 2F, silu(gate) F and its product F; then the product and w2's output C."""
     qk = (s.H + s.K) * s.D
     heads = (s.H + 2 * s.K) * s.D * s.e
-    rotate = qk * FP32 + (qk * (FP32 + s.e) if s.e < FP32 else 0)
-    rotated = qk * (s.e if s.e < FP32 else FP32)
-    attention = 2 * s.C * s.e + heads + max(rotate, rotated + s.C * s.e)
+    rotate = qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
+    rotated = qk * s.e
+    attention = 2 * s.C * s.e + heads + max(rotate, rotated + (s.H * s.D + s.C) * s.e)
     feed_forward = 3 * s.C * s.e + (3 * s.F + max(s.F, s.C)) * s.e
-    attending = num_tokens * (2 * s.C * s.e + heads + rotated) + attend
-    return max(num_tokens * max(attention, feed_forward), attending)
+    late = s.C * s.e if s.mp > 1 else 0
+    attending = num_tokens * (2 * s.C * s.e + heads + rotated + late) + attend
+    return max(num_tokens * (max(attention, feed_forward) + late), attending)
 
 
 def choice_bytes(s: Sizes, batch_size: int) -> int:

@@ -156,24 +156,24 @@ GPUS = [
 ]
 # What drivers call a card, and what people leave out, beside its name above.
 ALIASES = {
-    "a100": "A100 40GB",
-    "a100pcie40gb": "A100 40GB",
-    "a100sxm440gb": "A100 40GB",
-    "a100sxm480gb": "A100 80GB SXM",
-    "a10080gb": "A100 80GB SXM",
-    "h100": "H100 SXM",
-    "h10080gbhbm3": "H100 SXM",
-    "gh200480gb": "GH200 96GB",
-    "v100": "Tesla V100 16GB",
-    "v100sxm216gb": "Tesla V100 16GB",
-    "v100sxm232gb": "Tesla V100 32GB",
-    "v100pcie16gb": "Tesla V100 16GB",
-    "v100pcie32gb": "Tesla V100 32GB",
-    "p100pcie16gb": "Tesla P100 16GB",
-    "p100": "Tesla P100 16GB",
-    "rtx6000adageneration": "RTX 6000 Ada",
-    "rtx4000adageneration": "RTX 4000 Ada",
-    "4060ti": "RTX 4060 Ti 16GB",
+    "A100": "A100 40GB",
+    "A100-PCIE-40GB": "A100 40GB",
+    "A100-SXM4-40GB": "A100 40GB",
+    "A100-SXM4-80GB": "A100 80GB SXM",
+    "A100 80GB": "A100 80GB SXM",
+    "H100": "H100 SXM",
+    "H100 80GB": "H100 SXM",
+    "H100 80GB HBM3": "H100 SXM",
+    "GH200 480GB": "GH200 96GB",
+    "V100": "Tesla V100 16GB",
+    "V100-SXM2-16GB": "Tesla V100 16GB",
+    "V100-SXM2-32GB": "Tesla V100 32GB",
+    "V100-PCIE-16GB": "Tesla V100 16GB",
+    "V100-PCIE-32GB": "Tesla V100 32GB",
+    "P100": "Tesla P100 16GB",
+    "P100-PCIE-16GB": "Tesla P100 16GB",
+    "RTX 4000 Ada Generation": "RTX 4000 Ada",
+    "RTX 6000 Ada Generation": "RTX 6000 Ada",
 }
 NUM_NEAREST = 3
 
@@ -185,7 +185,7 @@ def plain(name: str) -> str:
 
 
 BY_NAME = {plain(gpu.name): gpu for gpu in GPUS}
-BY_NAME |= {alias: BY_NAME[plain(name)] for alias, name in ALIASES.items()}
+BY_NAME |= {plain(alias): BY_NAME[plain(name)] for alias, name in ALIASES.items()}
 
 
 def find_gpu(name: str) -> Gpu:
