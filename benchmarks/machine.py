@@ -1,29 +1,28 @@
-"""What every benchmark says of the machine: how fast it reads memory, and what a figure is worth nothing without."""
+"""What every benchmark says of the machine, because a figure is worth nothing without it."""
 
 import json
 import os
 import platform
 import sys
-import time
 from datetime import date
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.distributed import HashStore
+
+from llama_mp.ceiling import make_block, together
+from llama_mp.parallel import World
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def memory_read_rate() -> float:
-    """Bytes per second at which torch's threads read 1 GiB, the best of 5: the sum leaves nothing but reading to do."""
-    block = torch.ones(2**28, dtype=torch.float32)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - start)
-    return block.numel() * block.element_size() / min(times)
+    """Bytes per second at which torch's threads read memory, as launch/bench.py measures it."""
+    world = World(rank=0, size=1, device=torch.device("cpu"), store=HashStore())
+    block = make_block(world.device, 1)
+    return together(world, block, block.sum)
 
 
 def environment(*peers: ModuleType) -> dict[str, Any]:

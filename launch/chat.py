@@ -32,6 +32,7 @@ def main(flags: ChatFlags) -> int:
 def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
     """One rank's part; rank 0 has the chat."""
     from llama_mp.llm import LLM
+    from llama_mp.measure import record_run, summary
     from llama_mp.parallel import connect
 
     world = connect(flags)
@@ -42,9 +43,10 @@ def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
         else:
             chat.hold(llm.stream)
             llm.dismiss()
-        summary = llm.summary()
+        said = summary(llm)
         if world.is_leader:
-            print(summary, file=sys.stderr)
+            print(said, file=sys.stderr)
+        record_run(llm, flags)
     return 0
 
 

@@ -37,20 +37,23 @@ def main(flags: InferFlags) -> int:
 def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
     """One rank's part; rank 0 has the batch."""
     from llama_mp.llm import LLM
+    from llama_mp.measure import record_run, summary
     from llama_mp.parallel import connect
 
     world = connect(flags)
     if not world.tell(batch and batch.has_work):
         world.close()
         return show_finished(batch) if batch else 0
-    with LLM.of_checkpoint(flags, checkpoint, world, codec=batch and batch.codec) as llm:
+    codec, answers = (batch.codec, batch.answers) if batch else (None, ())
+    with LLM.of_checkpoint(flags, checkpoint, world, codec=codec, answers=answers) as llm:
         if batch is None:
             llm.follow()
         else:
             batch.show(llm.stream(batch.answers))
-        summary = llm.summary()
+        said = summary(llm)
         if world.is_leader:
-            print(summary, file=sys.stderr)
+            print(said, file=sys.stderr)
+        record_run(llm, flags)
     return 0
 
 

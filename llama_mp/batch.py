@@ -19,10 +19,11 @@ from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
 from llama_mp.output import Output, fingerprint
 from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt, read_prompts_file, read_standard_input
+from llama_mp.records import RecordConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferFlags(RunConfig, SamplingConfig):
+class InferFlags(RunConfig, SamplingConfig, RecordConfig):
     prompt: str | None = flag(None, "one prompt; its answer streams to standard output")
     prompts_file: Path | None = flag(None, "prompts: .txt, one a line, or .jsonl with id, prompt or messages, any flag")
     chat: bool = flag(False, "apply the model's chat template to --prompt or to standard input")

@@ -13,6 +13,7 @@ from llama_mp.errors import RequestError, did_you_mean
 from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
 from llama_mp.prompts import Prompt
+from llama_mp.records import RecordConfig
 from llama_mp.terminal import Terminal
 
 PROMPT = "> "
@@ -28,7 +29,7 @@ Stream = Callable[[Sequence[Answer]], Iterator[tuple[Answer, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatFlags(RunConfig, DrawingConfig):
+class ChatFlags(RunConfig, DrawingConfig, RecordConfig):
     system: str | None = flag(None, "what the model is told before the conversation begins")
     max_gen_len: int = flag(1024, "tokens of an answer at most")
     mp: int | None = flag(None, "start this many ranks on this machine; default: torchrun's, or 1")

@@ -53,6 +53,7 @@ class Flag(NamedTuple):
     help: str
     group: str
     positional: bool = False
+    bare: str | None = None  # the value's text when none is given; None: one must be
 
     @property
     def label(self) -> str:
@@ -61,7 +62,8 @@ class Flag(NamedTuple):
 
     @property
     def form(self) -> str:
-        return self.label if self.positional else f"{self.label} {self.kind.placeholder}"
+        value = self.kind.placeholder if self.bare is None else f"[{self.kind.placeholder}]"
+        return self.label if self.positional else f"{self.label} {value}"
 
     def read(self, text: str) -> Any:
         """The value of the one text that `parse` hands over through fire: a JSON list where the flag repeats."""
@@ -122,8 +124,7 @@ def describe(flags_class: type) -> dict[str, Flag]:
         for f in fields(flags_class):
             if f.name in own and f.name not in flags:
                 kind, repeats = kind_of(hints[f.name])
-                positional = f.metadata.get("positional", False)
-                flags[f.name] = Flag(f.name, kind, repeats, f.default, f.metadata["help"], group, positional)
+                flags[f.name] = Flag(f.name, kind, repeats, f.default, group=group, **f.metadata)
     return flags
 
 
@@ -217,10 +218,14 @@ def find(flags: dict[str, Flag], head: str, token: str) -> Flag:
 def value_after(flag: Flag, tokens: deque[str], *, any_may_follow: bool) -> str:
     """Take the value of `flag` from the tokens that follow it.
 
-    Where an argument without a flag may follow, only true and false are taken for the value of a switch."""
+    Where an argument without a flag may follow, only true and false are taken for the value of a switch, and a flag
+    that may stand bare takes its value with = alone."""
     if flag.kind is KINDS[bool]:
         is_value = tokens and (tokens[0].lower() in SWITCH or (any_may_follow and not tokens[0].startswith("-")))
         return tokens.popleft() if is_value else "true"
+    if flag.bare is not None:
+        is_value = tokens and any_may_follow and not tokens[0].startswith("-")
+        return tokens.popleft() if is_value else flag.bare
     if not tokens:
         raise RequestError(f"{flag.label} has no value; write --{flag.name} {flag.kind.placeholder}")
     if tokens[0].startswith("--"):

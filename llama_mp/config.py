@@ -141,6 +141,7 @@ class RunConfig(Flags):
     max_seq_len: int | None = flag(None, "tokens of prompt and answer that a row holds; default: from the prompts")
     max_batch_size: int = flag(8, "rows computed at once")
     step_timeout: float = flag(60.0, "seconds after which a silent rank ends the run")
+    force: bool = flag(False, "try even what does not fit the free memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_mp.chunks import PREFILL_CHUNK, SCORED_CHUNK
 from llama_mp.request import Request
-from llama_mp.runner import PREFILL_CHUNK, SCORED_CHUNK, Leader
+from llama_mp.runner import Leader
 from llama_mp.sampling import Row, sample, token_logprobs, uniform
 
 
@@ -20,6 +21,8 @@ from llama_mp.sampling import Row, sample, token_logprobs, uniform
 class Stats:
     """What was computed, and in how many seconds."""
 
+    prefilled_tokens: int = 0
+    prefill_s: float = 0.0
     decoded_tokens: int = 0
     decode_steps: int = 0
     decode_s: float = 0.0
@@ -62,8 +65,11 @@ class Engine:
 
     def admit(self, request: Request, slot: int) -> Request:
         """Prefill the prompt into `slot` and choose the first token."""
+        start = time.perf_counter()
         self.running[slot : slot + 1] = [request]
         self.append_tokens([request], self.prefill(request, slot=slot))
+        self.stats.prefill_s += time.perf_counter() - start
+        self.stats.prefilled_tokens += len(request.prompt)
         if self.stats.first_token_s is None:
             self.stats.first_token_s = time.perf_counter() - self.started
         return request

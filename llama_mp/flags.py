@@ -11,9 +11,11 @@ from llama_mp.errors import RequestError, did_you_mean
 REQUIRED: Any = MISSING  # as the default of a flag
 
 
-def flag(default: Any, help: str, *, positional: bool = False) -> Any:
-    """A dataclass field that is also a command-line flag. A positional one may be given without its name too."""
-    return field(default=default, metadata={"help": help, "positional": positional})
+def flag(default: Any, help: str, *, positional: bool = False, bare: str | None = None) -> Any:
+    """A dataclass field that is also a command-line flag. A positional one may be given without its name too.
+
+    `bare`: what the flag stands for when no value follows its name; None where one must."""
+    return field(default=default, metadata={"help": help, "positional": positional, "bare": bare})
 
 
 class Flags:

@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
+from llama_mp.fit import check_fits
 from llama_mp.flags import checked
 from llama_mp.kernels import load_library
 from llama_mp.layout import check_degree, fuse, shards
 from llama_mp.locate import Checkpoint, locate
-from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype
-from llama_mp.memory import kv_cache_bytes, padding_share
+from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype, free_room
+from llama_mp.memory import RankMemory, Workload, padding_share, rank_memory
 from llama_mp.model import Transformer, build, fill
 from llama_mp.parallel import World, connect
 from llama_mp.prompts import Prompt
+from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 
 Messages = Sequence[Mapping[str, str]]
@@ -56,35 +59,56 @@ class LLM:
         self.open(run, checkpoint, connect(run))
 
     @classmethod
-    def of_checkpoint(cls, run: RunConfig, checkpoint: Checkpoint, world: World, *, codec: Codec | None) -> "LLM":
-        """The model of a located checkpoint in a world that is connected; `codec` on rank 0, None on the others."""
+    def of_checkpoint(
+        cls,
+        run: RunConfig,
+        checkpoint: Checkpoint,
+        world: World,
+        *,
+        codec: Codec | None,
+        answers: Sequence[Answer] = (),
+    ) -> "LLM":
+        """The model of a located checkpoint in a world that is connected. Rank 0 has the `codec`, and the `answers` to
+        come, where they are known: what they need must fit too. Without a tokenizer the model can only `serve`."""
         llm = cls.__new__(cls)
-        llm.open(run, checkpoint, world, codec)
+        llm.open(run, checkpoint, world, codec, answers)
         return llm
 
-    def open(self, run: RunConfig, checkpoint: Checkpoint, world: World, codec: Codec | None = None) -> None:
+    def open(
+        self,
+        run: RunConfig,
+        checkpoint: Checkpoint,
+        world: World,
+        codec: Codec | None = None,
+        answers: Sequence[Answer] = (),
+    ) -> None:
         """Load this rank's weights. Fails on all ranks or on none."""
         self.run, self.checkpoint, self.world = run, checkpoint, world
+        self.config, self.planned = checkpoint.config, RankMemory(0, 0, 0, 0)  # of the largest cache so far
         self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
-        self.closed = False
+        self.closed, self.shape = False, (0, 0)  # slots and positions of the largest cache
         try:
-            self.load(codec)
+            self.load(codec, answers)
         except BaseException:
             self.close_alone()
             raise
 
-    def load(self, codec: Codec | None) -> None:
+    def load(self, codec: Codec | None, answers: Sequence[Answer]) -> None:
         """Check everything on all ranks, and only then read weights."""
         start, world = time.perf_counter(), self.world
         with world.together():
             check_degree(self.checkpoint.config, world.size)
-            self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if world.is_leader else None
-            source = open_source(self.checkpoint)
+            has_text = world.is_leader and self.checkpoint.tokenizer is not None
+            self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if has_text else None
+            source = open_source(self.checkpoint, world.device)
             self.config = source.config
             if self.codec:
                 self.codec.check_vocabulary(self.config.vocab_size)
             self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
         world.agree("precision", str(self.dtype), "give --dtype")
+        shape = world.tell(self.shape_for(answers))
+        with world.together():
+            self.check_fits(shape)
         with world.together():
             self.model = self.load_model(source)
         held = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
@@ -146,19 +170,25 @@ class LLM:
 
     def stream(self, answers: Sequence[Answer]) -> Iterator[tuple[Answer, str]]:
         """Rank 0: compute `answers`; each time one gains text or ends, it and the text gained. The others `follow`."""
-        max_seq_len = needed_length(answers, self.config, self.run.max_seq_len)
         waiting = {answer.request: answer for answer in answers if not answer.is_finished}
-        num_slots = max(1, min(self.run.max_batch_size, len(waiting)))
-        leader = Leader(self.prepare(self.world.tell([num_slots, max_seq_len])), self.world)
-        engine = Engine(leader, eos_ids=self.codec.tokenizer.eos_ids, stats=self.stats)
-        for request in waiting:
+        with closing(self.serve(list(waiting), self.shape_for(answers), self.codec.tokenizer.eos_ids)) as moved:
+            for request in moved:
+                yield waiting[request], waiting[request].advance()
+
+    def serve(
+        self, requests: Sequence[Request], shape: Sequence[int], eos_ids: frozenset[int]
+    ) -> Generator[Request, None, None]:
+        """Rank 0: run `requests` to their end in a cache of `shape`; each one whenever it moved on. The others
+        `follow`."""
+        leader = Leader(self.prepare(self.world.tell(list(shape))), self.world)
+        engine = Engine(leader, eos_ids=eos_ids, stats=self.stats)
+        for request in requests:
             engine.submit(request)
         try:
             while engine.has_work:
                 with self.world.in_step():
                     moved = engine.step()
-                for request in moved:
-                    yield waiting[request], waiting[request].advance()
+                yield from moved
         except GeneratorExit:  # the caller has had enough; after any other error the ranks are not in step
             leader.stop()
             raise
@@ -181,7 +211,9 @@ class LLM:
     def prepare(self, shape: Sequence[int]) -> Runner:
         """A runner over a cache of (slots, positions) `shape`."""
         num_slots, max_seq_len = shape
+        self.shape = max(self.shape[0], num_slots), max(self.shape[1], max_seq_len)
         with self.world.together():
+            self.check_fits(shape)
             cache = KVCache.allocate(
                 self.config,
                 self.world.size,
@@ -191,6 +223,26 @@ class LLM:
                 device=self.world.device,
             )
             return Runner(self.config, self.model, cache)
+
+    def shape_for(self, answers: Sequence[Answer]) -> list[int]:
+        """Slots and positions of the cache that `answers` need."""
+        num_slots = min(self.run.max_batch_size, sum(not answer.is_finished for answer in answers))
+        return [max(1, num_slots), needed_length(answers, self.config, self.run.max_seq_len)]
+
+    def check_fits(self, shape: Sequence[int]) -> None:
+        """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room."""
+        batch_size, seq_len = shape
+        workload = Workload(
+            dtype=DTYPE_NAMES[self.dtype],
+            batch_size=batch_size,
+            seq_len=max(2, seq_len),
+            device=self.world.device.type,
+        )
+        mp = self.world.size
+        if not self.run.force:
+            room = free_room(self.world.device, self.world.local_size)
+            check_fits(self.config, mp, workload, room, has_weights=self.model is not None)
+        self.planned = max(self.planned, rank_memory(self.config, mp, workload), key=lambda m: m.allocated_bytes)
 
     # ---- around it ---------------------------------------------------------------------------------------------
 
@@ -222,28 +274,6 @@ class LLM:
             self.close()
         else:
             self.close_alone()
-
-    def summary(self) -> str:
-        """The end line of a run. Every rank calls it; rates and bytes are sums over the ranks, memory the largest."""
-        stats, loaded = self.stats, self.loaded
-        peak = max(self.world.gather(self.peak_memory.read()))
-        load_rate = loaded.bytes_read / loaded.seconds
-        parts = [f"loaded {loaded.bytes_read / 1e9:.2f} GB in {loaded.seconds:.1f} s ({load_rate / 1e9:.2f} GB/s)"]
-        if stats.first_token_s is not None:
-            parts.append(f"TTFT {stats.first_token_s:.3f} s")
-        if stats.decode_steps:
-            read = self.decode_bytes()
-            parts.append(f"{stats.decoded_tokens / stats.decode_s:.1f} tokens/s")
-            parts.append(f"{read / stats.decode_s / 1e9:.1f} GB/s")
-        return "; ".join([*parts, f"peak memory {peak / 1e9:.2f} GB per rank"])
-
-    def decode_bytes(self) -> int:
-        """Bytes that the decode steps had to read, over all ranks: the weights once a step, and the cache in use."""
-        embedding = self.model.tok_embeddings.weight  # a lookup reads a row of it, tied embeddings the whole as output
-        untied = 0 if self.config.tied_embeddings else embedding.numel() * embedding.element_size() * self.world.size
-        mp, dtype = self.world.size, DTYPE_NAMES[self.dtype]
-        position = mp * kv_cache_bytes(self.config, mp, dtype, batch_size=1, seq_len=1)
-        return self.stats.decode_steps * (self.loaded.weight_bytes - untied) + self.stats.decode_positions * position
 
 
 def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> Prompt:

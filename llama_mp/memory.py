@@ -1,14 +1,165 @@
-"""How many bytes a rank holds: sums over the placements that loading uses. No formula of its own."""
+"""How many bytes a rank holds: sums over the placements that loading uses, and the peak of what is made beside them.
 
+All figures are bytes of tensors. Rank 0 holds most: it gathers the logits.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from llama_mp.activations import FP32, decode_bytes, prefill_bytes, rotation_bytes, sizes_of
+from llama_mp.chunks import LOAD_ELEMENTS, PREFILL_CHUNK
 from llama_mp.config import ModelConfig
-from llama_mp.layout import heads_per_rank, shards
+from llama_mp.flags import check_at_least
+from llama_mp.layout import Shard, fuse, heads_per_rank, padded, shards
 
 BYTES_PER_ELEMENT = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
+INT8_SCALE_BYTES = 4  # an fp32 scale for each output channel
+INT4_GROUP = 32  # weights of a row that share a scale and a zero point, in fp16 each
+INT4_GROUP_BYTES = INT4_GROUP // 2 + 2 + 2
+BLOCK_SLOTS = 2  # offloading: one block computes while the next one comes
 
 
-def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """How a model is to run: what its memory depends on beside its architecture and the number of ranks."""
+
+    dtype: Literal["fp32", "tf32", "fp16", "bf16"]
+    quant: Literal["none", "int8", "int4"] = "none"
+    offload: Literal["none", "cpu", "disk"] = "none"
+    batch_size: int = 1
+    seq_len: int = 2048
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    def __post_init__(self) -> None:
+        check_at_least(self, batch_size=1, seq_len=2)
+
+    @property
+    def element_bytes(self) -> int:
+        return BYTES_PER_ELEMENT[self.dtype]
+
+
+class RankMemory(NamedTuple):
+    """Bytes on the device of one rank."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What is measured: torch's peak on a GPU, on a CPU private memory above that of the bare runtime."""
+        return self.weights_bytes + self.kv_cache_bytes + self.activation_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.allocated_bytes + self.runtime_bytes
+
+
+def rank_memory(config: ModelConfig, mp: int, workload: Workload) -> RankMemory:
+    """The memory of the rank that holds most, rank 0. Raises RequestError where no layout of degree `mp` exists.
+
+    Loading and computing do not overlap: what one of them needs beside the weights, the other finds free again."""
+    weights = device_weight_bytes(config, mp, workload)
+    cache = kv_cache_bytes(config, mp, workload.dtype, batch_size=workload.batch_size, seq_len=workload.seq_len)
+    activations = max(pass_bytes(config, mp, workload), loading_bytes(config, mp, workload) - cache)
+    return RankMemory(weights, cache, activations, runtime_bytes(mp, workload.device))
+
+
+def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """The table of rotations, and the larger of the last pass over a prompt as long as the row and of a step."""
+    sizes, length = sizes_of(config, mp, workload.element_bytes), workload.seq_len
+    num_tokens = min(PREFILL_CHUNK, length - 1)
+    passes = (prefill_bytes(sizes, num_tokens, length - 1), decode_bytes(sizes, workload.batch_size, length))
+    workspace = CUBLAS_BYTES if workload.device == "cuda" else 0
+    return rotation_bytes(config, length) + workspace + max(passes)
+
+
+def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Beside the weights while the last of them load: a chunk in fp32, and what is yet to be quantized."""
+    chunk = LOAD_ELEMENTS * FP32 if workload.device == "cpu" else LOAD_ELEMENTS * workload.element_bytes
+    if workload.quant == "none":
+        return chunk
+    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant)
+    largest = max(shard.num_elements for shard in held.values() if is_quantized(shard, workload.quant))
+    return chunk + largest * workload.element_bytes
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------
+
+
+def run_time_shards(config: ModelConfig, rank: int, mp: int, quant: str = "none") -> dict[str, Shard]:
+    """The parameters as a run holds them: fused; for int4 the hidden size filled up to whole groups on each rank."""
+    if quant == "int4":
+        config = replace(config, hidden_dim=padded(config.hidden_dim, INT4_GROUP * mp))
+    return fuse(shards(config, rank, mp))
+
+
+def is_quantized(shard: Shard, quant: str) -> bool:
+    """Matrices of the blocks and the output are; embeddings, which are read by row, stay, tied ones too, and norms."""
+    return quant != "none" and len(shard.shape) == 2 and shard.name != "tok_embeddings.weight"
+
+
+def shard_bytes(shard: Shard, quant: str, element_bytes: int) -> int:
+    """Bytes of a parameter on its rank: int8 with a scale for each row, int4 with scale and zero point a group."""
+    if not is_quantized(shard, quant):
+        return shard.num_elements * element_bytes
+    rows, cols = shard.shape
+    if quant == "int8":
+        return rows * (cols + INT8_SCALE_BYTES)
+    return rows * -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of one rank's parameters: of one block, which are all alike; of what is outside of the blocks; and of the
+    embeddings among these, of which a step reads a few rows, unless they are the output matrix too."""
+
+    block: int
+    others: int
+    lookup: int
+
+
+@functools.lru_cache(maxsize=1024)
+def parameters(config: ModelConfig, rank: int, mp: int, quant: str, dtype: str) -> WeightBytes:
+    """Summed over one block, since the layout of each is the same."""
+    held = run_time_shards(replace(config, num_layers=1), rank, mp, quant)
+    sizes = {name: shard_bytes(shard, quant, BYTES_PER_ELEMENT[dtype]) for name, shard in held.items()}
+    block = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    lookup = 0 if config.tied_embeddings else sizes["tok_embeddings.weight"]
+    return WeightBytes(block, sum(sizes.values()) - block, lookup)
+
+
+def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str, quant: str = "none") -> int:
     """Bytes of the parameters of `rank`, zeros of the padding included; tied embeddings are held once."""
-    return sum(shard.num_elements for shard in shards(config, rank, mp).values()) * BYTES_PER_ELEMENT[dtype]
+    held = parameters(config, rank, mp, quant, dtype)
+    return config.num_layers * held.block + held.others
+
+
+def device_weight_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Weights on the device: all of them; with offloading two blocks and what is outside of the blocks."""
+    held = parameters(config, 0, mp, workload.quant, workload.dtype)
+    num_blocks = config.num_layers if workload.offload == "none" else min(BLOCK_SLOTS, config.num_layers)
+    return num_blocks * held.block + held.others
+
+
+def decode_read_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Weights that one rank reads in a step."""
+    held = parameters(config, 0, mp, workload.quant, workload.dtype)
+    return config.num_layers * held.block + held.others - held.lookup
+
+
+def offloaded_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Blocks of one rank that wait in the host's memory or on disk."""
+    if workload.offload == "none":
+        return 0
+    return config.num_layers * parameters(config, 0, mp, workload.quant, workload.dtype).block
+
+
+def checkpoint_bytes(config: ModelConfig, dtype: str) -> int:
+    """The model on disk: every global tensor once, in `dtype`."""
+    whole = sum(shard.num_elements for shard in shards(config, 0, 1).values())
+    return whole * BYTES_PER_ELEMENT[dtype]
 
 
 def kv_cache_bytes(config: ModelConfig, mp: int, dtype: str, *, batch_size: int, seq_len: int) -> int:
@@ -23,3 +174,30 @@ def padding_share(config: ModelConfig, mp: int) -> float:
     matrices = [shard for rank in range(mp) for shard in shards(config, rank, mp).values() if len(shard.shape) == 2]
     own = sum(shard.num_elements for shard in shards(config, 0, 1).values() if len(shard.shape) == 2)
     return sum(shard.num_elements for shard in matrices) / own - 1
+
+
+# ---- what a process takes beside ---------------------------------------------------------------------------------
+
+# On a GPU: CUDA's context, the kernels of torch, cuBLAS and NCCL, and what torch's allocator keeps between tensors.
+# Estimates, as nvidia-smi shows for a process of torch 2 on cards of these years; no measurement of ours stands behind
+# them yet. On a CPU: private memory of a process of torch 2.13 after `connect` (161 MB; benchmarks/plan.py).
+CUDA_RUNTIME_BYTES, NCCL_BYTES = 600_000_000, 400_000_000
+CUDA_HOST_BYTES = 1_500_000_000  # main memory of a process of torch that computes on a GPU: an estimate too
+CPU_RUNTIME_BYTES = 165_000_000
+# The workspace of cuBLAS is a tensor of torch's: 32 MiB on Hopper, 8 MiB elsewhere (torch, CUDABlas.cpp).
+CUBLAS_BYTES = 32 << 20
+
+
+def runtime_bytes(mp: int, device: str) -> int:
+    if device == "cpu":
+        return CPU_RUNTIME_BYTES
+    return CUDA_RUNTIME_BYTES + (NCCL_BYTES if mp > 1 else 0)
+
+
+def host_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Main memory of all ranks of one machine at its most, without the page cache: beside a GPU while they load, a
+    chunk in fp32 each and the blocks that wait there; on a CPU all that they hold."""
+    if workload.device == "cpu":
+        return mp * rank_memory(config, mp, workload).total_bytes
+    waiting = offloaded_bytes(config, mp, workload) if workload.offload == "cpu" else 0
+    return mp * (CUDA_HOST_BYTES + LOAD_ELEMENTS * FP32 + waiting)

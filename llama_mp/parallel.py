@@ -24,7 +24,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from llama_mp import errors
 from llama_mp.config import RunConfig
 from llama_mp.errors import LostContact, RequestError, RunError
-from llama_mp.machine import choose_device, threads_per_rank, unused_gpu
+from llama_mp.machine import choose_device, return_freed_memory, threads_per_rank, unused_gpu
 
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
@@ -73,6 +73,7 @@ class World:
     size: int
     device: torch.device
     store: dist.Store
+    local_size: int = 1  # ranks on this machine
     patience_s: float = LEAST_PATIENCE_S  # for which rank 0's heart may stand still while the others wait for it
     heartbeat: Heartbeat | None = None  # of rank 0, where there are others
     num_messages: int = 0  # set-up messages so far; every rank counts alike
@@ -178,6 +179,7 @@ def connect(run: RunConfig) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(threads_per_rank(local_size))
+    return_freed_memory()
     store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
     # torchrun's store outlives this world: the next one of the same ranks must not read what this one said.
     store = dist.PrefixStore(f"llama_mp/{store.add(f'llama_mp/worlds_of/{rank}', 1)}", store)
@@ -187,7 +189,7 @@ def connect(run: RunConfig) -> World:
     groups = dist.PrefixStore("groups", store)
     # Control messages wait for rank 0, which may wait for a person or a full pipe; tensors wait --step_timeout alone.
     dist.init_process_group(control, store=groups, rank=rank, world_size=size, timeout=SETUP_TIMEOUT)
-    world = World(rank=rank, size=size, device=torch.device("cpu"), store=store)
+    world = World(rank=rank, size=size, device=torch.device("cpu"), store=store, local_size=local_size)
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
     if world.is_leader and (note := unused_gpu(run.device)):

@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 
 from llama_mp.cache import KVCache
+from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.model import Step, Transformer
 from llama_mp.parallel import World, gather_columns
 from llama_mp.rope import rotation_table
-
-PREFILL_CHUNK = 512  # tokens of a prompt in one pass: enough for full speed, little enough for flat memory
-SCORED_CHUNK = 64  # the same where logits of each token are wanted: chunk x vocabulary in fp32
 
 
 class Runner:

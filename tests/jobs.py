@@ -3,7 +3,7 @@
 import contextlib
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from llama_mp.engine import Engine
 from llama_mp.errors import one_line
 from llama_mp.layout import fuse, shards
 from llama_mp.llm import LLM
-from llama_mp.locate import locate
+from llama_mp.locate import locate, random_checkpoint
 from llama_mp.model import build
 from llama_mp.parallel import World, connect, reduce
 from llama_mp.request import Request
@@ -84,6 +84,25 @@ def batch(
         done += requests
     world.close()
     return done if world.is_leader else None
+
+
+def greedy_of_random_weights(size: str, num_layers: int) -> list[list[int]] | None:
+    """The tokens after a prompt, computed twice through `LLM.serve`, as the bench does it."""
+    run = RunConfig(size=size, dtype="fp32", device="cpu")
+    checkpoint = random_checkpoint(run)
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, num_layers=num_layers))
+    found = []
+    with LLM.of_checkpoint(run, checkpoint, connect(run), codec=None) as llm:
+        for _ in range(2):
+            if not llm.world.is_leader:
+                llm.follow()
+                continue
+            sampling = SamplingConfig(temperature=0, max_gen_len=8)
+            request = Request(id="0", prompt=list(range(1000, 1016)), sampling=sampling)
+            for _ in llm.serve([request], (1, 24), frozenset()):
+                pass
+            found.append(request.tokens)
+        return found if llm.world.is_leader else None
 
 
 def shapes_agree(config: ModelConfig) -> bool:

@@ -28,16 +28,17 @@ from kinds import gguf_of_sentencepiece
 from running import ROOT, run
 
 from llama_mp.batch import InferFlags
+from llama_mp.bench import BenchFlags
 from llama_mp.chat import ChatFlags
 from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
+from llama_mp.plan import PlanFlags
 from llama_mp.reshard_request import ReshardFlags
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-VERBS = (InferFlags, ChatFlags, ReshardFlags, VerifyFlags)
 OTHER_FLAGS = {"standalone", "nproc_per_node", "help", "temprature"}  # the last is refused
 
 
@@ -128,8 +129,10 @@ def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
+    verbs = (InferFlags, ChatFlags, BenchFlags, ReshardFlags, VerifyFlags, PlanFlags)
+    known = {name for verb in verbs for name in describe(verb)}
     named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
-    assert named - OTHER_FLAGS <= {name for verb in VERBS for name in describe(verb)}
+    assert named - OTHER_FLAGS <= known
     assert f"(docs/{page})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

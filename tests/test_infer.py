@@ -66,7 +66,7 @@ def assert_equal(here: dict[str, dict], there: dict[str, dict]) -> None:
 
 END_LINE = re.compile(
     r"loaded \d+\.\d\d GB in \d+\.\d s \(\d+\.\d\d GB/s\); TTFT \d+\.\d{3} s; \d+\.\d tokens/s; \d+\.\d GB/s; "
-    r"peak memory \d+\.\d\d GB per rank"
+    r"peak memory \d+\.\d\d GB per rank \(planned \d+\.\d\d GB\)"
 )
 
 

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WITH_TORCH = [
     "launch",  # every file of it: none looks at another
     "llama_mp",
+    "llama_mp.measure",
+    "llama_mp.ceiling",
     "llama_mp.llm",
     "llama_mp.engine",
     "llama_mp.runner",
@@ -40,6 +42,7 @@ WITH_TORCH = [
     "llama_mp.checkpoint.compare",
     "llama_mp.checkpoint.scan",
     "llama_mp.checkpoint.load",
+    "llama_mp.checkpoint.random",
     "llama_mp.checkpoint.gguf",
     "llama_mp.checkpoint.hf",
     "llama_mp.checkpoint.meta",
@@ -48,6 +51,14 @@ WITH_TORCH = [
 ]
 WITHOUT_TORCH = [
     "llama_mp.reshard_request",
+    "llama_mp.bench",
+    "llama_mp.guide",
+    "llama_mp.plan_text",
+    "llama_mp.plan",
+    "llama_mp.headers",
+    "llama_mp.fit",
+    "llama_mp.advice",
+    "llama_mp.gpus",
     "llama_mp.batch",
     "llama_mp.chat",
     "llama_mp.terminal",
@@ -77,7 +88,10 @@ WITHOUT_TORCH = [
     "llama_mp.checkpoint.manifest",
     "llama_mp.checkpoint.digests",
     "llama_mp.checkpoint.fault",
+    "llama_mp.records",
     "llama_mp.memory",
+    "llama_mp.activations",
+    "llama_mp.chunks",
     "llama_mp.locate",
     "llama_mp.hf_config",
     "llama_mp.params_json",
@@ -92,7 +106,7 @@ WITHOUT_TORCH = [
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
 # Packages of the extras, which an installation without them does not have.
-EXTRAS = ["hypothesis", "pre_commit", "pytest", "ruff", "tiktoken", "transformers"]
+EXTRAS = ["hypothesis", "matplotlib", "pre_commit", "pytest", "ruff", "tiktoken", "transformers"]
 
 
 def modules_on_disk() -> dict[str, Path]:

@@ -28,8 +28,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llama_mp.checkpoint import load
 from llama_mp.checkpoint.gguf import GGUFSource
-from llama_mp.checkpoint.load import CHUNK_ELEMENTS, load_shards, not_finite, open_source
+from llama_mp.checkpoint.load import load_shards, not_finite, open_source
 from llama_mp.checkpoint.source import Source
+from llama_mp.chunks import LOAD_ELEMENTS
 from llama_mp.config import ModelConfig, load_size
 from llama_mp.layout import fuse, global_shapes, heads_per_rank, row_chunks, shards
 
@@ -119,7 +120,7 @@ def test_chunks_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     config = replace(MODELS["heads-13-13"], num_layers=1)
     tensors = random_tensors(config)
     source = open_source(checkpoint(write_meta(tmp_path, config, tensors, 3)))
-    monkeypatch.setattr(load, "CHUNK_ELEMENTS", num_elements)
+    monkeypatch.setattr(load, "LOAD_ELEMENTS", num_elements)
     check_loaded(config, source, tensors, 2)
 
 
@@ -151,7 +152,7 @@ def check_bytes_requested(config: ModelConfig, source: Source, mp: int, checkpoi
         for name, shard in shards(config, rank, mp).items():
             before = source.bytes_read
             for placement in shard.placements:
-                for rows in row_chunks(placement.rows, len(placement.cols), CHUNK_ELEMENTS):
+                for rows in row_chunks(placement.rows, len(placement.cols), LOAD_ELEMENTS):
                     source.read(placement.source, rows, placement.cols)
             requested[name] += source.bytes_read - before
     _, num_queries = heads_per_rank(config, mp)

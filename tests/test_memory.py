@@ -1,16 +1,32 @@
 """Planned bytes against the bytes of what is really made."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from factory import MODELS, checkpoint, random_tensors, write_meta
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
-from llama_mp.config import load_size, size_names
-from llama_mp.layout import fuse, shards
-from llama_mp.memory import BYTES_PER_ELEMENT, kv_cache_bytes, padding_share, weight_bytes
+from llama_mp.config import ModelConfig, load_size, size_names
+from llama_mp.errors import RequestError
+from llama_mp.layout import fuse, global_shapes, heads_per_rank, padded, shards
+from llama_mp.memory import (
+    BYTES_PER_ELEMENT,
+    Workload,
+    checkpoint_bytes,
+    host_bytes,
+    kv_cache_bytes,
+    offloaded_bytes,
+    padding_share,
+    parameters,
+    rank_memory,
+    weight_bytes,
+)
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,6 +69,113 @@ def test_kv_cache_of_7b_and_of_grouped_queries() -> None:
     assert kv_cache_bytes(load_size("7B"), 1, "fp16", batch_size=1, seq_len=2048) == 2**30
     assert kv_cache_bytes(load_size("llama3-8b"), 1, "fp16", batch_size=1, seq_len=2048) == 2**28
     assert kv_cache_bytes(load_size("llama3-8b"), 8, "fp16", batch_size=8, seq_len=2048) == 2**28
+
+
+# ---- properties --------------------------------------------------------------------------------------------------
+
+
+def repeated_elements(config: ModelConfig, mp: int) -> int:
+    """wk and wv where a KV head lies on several ranks: every copy but the first, written out from the rule."""
+    if mp <= config.num_kv_heads:
+        return 0
+    _, num_queries = heads_per_rank(config, mp)
+    copies = -(-config.num_queries_per_kv // num_queries)
+    return config.num_layers * 2 * (copies - 1) * config.num_kv_heads * config.head_dim * config.dim
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(size_names()), st.data())
+def test_weights_over_all_ranks_are_the_checkpoint(size: str, data: st.DataObject) -> None:
+    """Padding and repeats aside: zeros are what no placement covers, norms are on each rank."""
+    config = load_size(size)
+    mp = data.draw(st.integers(1, min(config.num_heads, 24)))
+    own = sum(math.prod(shape) for shape in global_shapes(config).values())
+    norms = sum(math.prod(shape) for shape in global_shapes(config).values() if len(shape) == 1)
+    held = [fuse(shards(config, rank, mp)) for rank in range(mp)]
+    zeros = sum(shard.num_elements - shard.num_placed for rank in held for shard in rank.values())
+    planned = sum(weight_bytes(config, rank, mp, "fp16") for rank in range(mp)) // 2
+    assert planned - zeros - repeated_elements(config, mp) - (mp - 1) * norms == own
+    assert checkpoint_bytes(config, "fp16") == 2 * own
+
+
+@pytest.mark.parametrize("size", size_names())
+def test_every_degree_of_every_size_has_a_plan(size: str) -> None:
+    config = load_size(size)
+    whole = weight_bytes(config, 0, 1, "fp16")
+    for mp in range(1, config.num_heads + 1):
+        memory = rank_memory(config, mp, Workload(dtype="fp16"))
+        assert min(memory) > 0 and memory.total_bytes == sum(memory)
+        assert whole <= mp * memory.weights_bytes  # rank 0 holds the most: no rank has more than it
+    for mp in (0, config.num_heads + 1):
+        with pytest.raises(RequestError, match=f"use between 1 and {config.num_heads} ranks"):
+            rank_memory(config, mp, Workload(dtype="fp16"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(size_names()),
+    st.sampled_from(["fp32", "fp16"]),
+    st.sampled_from(["none", "int8", "int4"]),
+    st.sampled_from(["none", "cpu"]),
+    st.integers(1, 8),
+    st.integers(2, 2000),
+    st.integers(1, 9),
+)
+def test_more_work_never_takes_less(size, dtype, quant, offload, batch, length, mp) -> None:
+    """Which the search for the largest batch and length relies on."""
+
+    def total(batch: int, length: int) -> int:
+        work = Workload(dtype=dtype, quant=quant, offload=offload, batch_size=batch, seq_len=length)
+        return rank_memory(load_size(size), mp, work).total_bytes
+
+    assert total(batch, length) <= total(batch + 1, length)
+    assert total(batch, length) <= total(batch, length + 1)
+
+
+def test_33b_over_8_ranks_is_planned_with_56_heads() -> None:
+    config = load_size("33B")
+    assert config.num_heads == 52
+    memory = rank_memory(config, 8, Workload(dtype="fp16", batch_size=2, seq_len=1024))
+    block = 7 * 128 * 4 * config.dim + 3 * config.hidden_dim // 8 * config.dim + 2 * config.dim  # 56 / 8 heads a rank
+    others = 2 * config.vocab_size // 8 * config.dim + config.dim
+    assert memory.weights_bytes == 2 * (60 * block + others)
+    assert memory.kv_cache_bytes == 2 * 2 * 60 * 2 * 1024 * 7 * 128
+
+
+# ---- fewer bits, blocks elsewhere --------------------------------------------------------------------------------
+
+
+def test_int8_and_int4_count_their_scales() -> None:
+    config = load_size("7B")
+    dim, hidden, vocab, fp16 = 4096, 11008, 32000, 2
+    outside = fp16 * (vocab * dim + dim)  # embeddings and the last norm stay as they are
+    norms = fp16 * 2 * dim
+    rows = (3 * dim, dim, 2 * hidden, dim, vocab)  # wqkv, wo, w13, w2 of a block, and the output
+    cols = (dim, dim, dim, hidden, dim)
+    int8 = [row * col + 4 * row for row, col in zip(rows, cols, strict=True)]
+    int4 = [row * col // 32 * (16 + 4) for row, col in zip(rows, cols, strict=True)]
+    assert weight_bytes(config, 0, 1, "fp16", "int8") == outside + 32 * (norms + sum(int8[:4])) + int8[4]
+    assert weight_bytes(config, 0, 1, "fp16", "int4") == outside + 32 * (norms + sum(int4[:4])) + int4[4]
+
+
+@pytest.mark.parametrize("mp", [1, 3, 7])
+def test_int4_fills_the_hidden_size_up_to_whole_groups_on_each_rank(mp: int) -> None:
+    config = load_size("7B")
+    filled = replace(config, hidden_dim=padded(config.hidden_dim, 32 * mp))
+    assert filled.hidden_dim // mp % 32 == 0
+    assert weight_bytes(config, 0, mp, "fp16", "int4") == weight_bytes(filled, 0, mp, "fp16", "int4")
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloading_leaves_two_blocks_and_what_is_outside_of_them(place: str) -> None:
+    config = load_size("7B")
+    work = Workload(dtype="fp16", offload=place)
+    held = parameters(config, 0, 2, "none", "fp16")
+    assert rank_memory(config, 2, work).weights_bytes == 2 * held.block + held.others
+    assert offloaded_bytes(config, 2, work) == 32 * held.block
+    assert weight_bytes(config, 0, 2, "fp16") == 32 * held.block + held.others
+    plain, elsewhere = host_bytes(config, 2, Workload(dtype="fp16")), host_bytes(config, 2, work)
+    assert elsewhere - plain == (2 * 32 * held.block if place == "cpu" else 0)
 
 
 # ---- what padding costs ----------------------------------------------------------------------------------------

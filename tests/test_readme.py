@@ -6,10 +6,12 @@ import pytest
 from running import ROOT
 
 from llama_mp.batch import InferFlags
+from llama_mp.bench import BenchFlags
 from llama_mp.chat import ChatFlags
 from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
 from llama_mp.config import size_names
+from llama_mp.plan import PlanFlags
 from llama_mp.reshard_request import ReshardFlags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +33,8 @@ def test_the_tree_lists_every_file_of_the_code_once_and_nothing_that_is_not_ther
 
 
 def test_every_flag_is_there_and_none_that_is_not():
-    flags = [flag for verb in (InferFlags, ChatFlags, ReshardFlags, VerifyFlags) for flag in describe(verb).values()]
+    verbs = (InferFlags, ChatFlags, BenchFlags, PlanFlags, ReshardFlags, VerifyFlags)
+    flags = [flag for verb in verbs for flag in describe(verb).values()]
     known = {flag.name for flag in flags if not flag.positional}
     named = set(re.findall(r"--([a-z_]+)", README))
     assert named - FLAGS_OF_OTHERS == known

@@ -7,18 +7,23 @@ import torch
 from llama_mp.checkpoint.gguf import GGUFSource
 from llama_mp.checkpoint.hf import HFSource
 from llama_mp.checkpoint.meta import MetaSource
+from llama_mp.checkpoint.random import RandomSource
 from llama_mp.checkpoint.source import Source, as_matrix, check_tensors
+from llama_mp.chunks import LOAD_ELEMENTS
 from llama_mp.layout import Shard, row_chunks
 from llama_mp.locate import Checkpoint
 
+CPU = torch.device("cpu")
 SOURCES = {"meta": MetaSource, "hf": HFSource, "gguf": GGUFSource}
-CHUNK_ELEMENTS = 8 << 20  # what is in flight beside the rank's own weights: 32 MiB in fp32
 
 
-def open_source(checkpoint: Checkpoint) -> Source:
-    """The checkpoint's header read and checked against its architecture; no weight is read yet.
+def open_source(checkpoint: Checkpoint, device: torch.device = CPU) -> Source:
+    """The checkpoint's header read and checked against its architecture; no weight is read yet. Random weights are made
+    on `device`.
 
     Raises RequestError for files that are not whole, and for missing, unknown or wrongly shaped tensors."""
+    if checkpoint.kind == "random":
+        return RandomSource(checkpoint.config, device)
     source = SOURCES[checkpoint.kind](checkpoint)
     check_tensors(checkpoint, source)
     return source
@@ -38,7 +43,7 @@ def load_shard(shard: Shard, source: Source, *, dtype: torch.dtype, device: torc
     matrix = as_matrix(parameter)
     num_filled = 0
     for placement in shard.placements:
-        for rows in row_chunks(placement.rows, len(placement.cols), CHUNK_ELEMENTS):
+        for rows in row_chunks(placement.rows, len(placement.cols), LOAD_ELEMENTS):
             part = source.read(placement.source, rows, placement.cols)
             row = placement.row + rows.start - placement.rows.start
             target = matrix[row : row + len(rows), placement.col : placement.col + len(placement.cols)]

@@ -1,0 +1,93 @@
+"""Bytes that the passes hold beside weights and cache, at their peak: what model.py and sampling.py keep alive at once.
+
+Letters as in model.py: N tokens of a pass, L positions attended, C model dimension, H query heads, K KV heads, D head
+dimension, F hidden dimension, V vocabulary; H, K and F are this rank's share; e bytes an element.
+"""
+
+from typing import NamedTuple
+
+from llama_mp.config import ModelConfig
+from llama_mp.layout import heads_per_rank, padded
+
+FP32, INT64, COMPLEX64 = 4, 8, 8
+
+
+class Sizes(NamedTuple):
+    """What one rank computes with; `e` bytes an element."""
+
+    C: int
+    H: int
+    K: int
+    D: int
+    F: int
+    V: int  # of all ranks together, padding included
+    mp: int
+    e: int
+
+
+def sizes_of(config: ModelConfig, mp: int, element_bytes: int) -> Sizes:
+    num_kv, num_queries = heads_per_rank(config, mp)
+    return Sizes(
+        C=config.dim,
+        H=num_queries,
+        K=num_kv,
+        D=config.head_dim,
+        F=padded(config.hidden_dim, mp) // mp,
+        V=padded(config.vocab_size, mp),
+        mp=mp,
+        e=element_bytes,
+    )
+
+
+def rotation_bytes(config: ModelConfig, length: int) -> int:
+    """The table of rotations that a run keeps: complex64 [L, D / 2]."""
+    return length * config.head_dim // 2 * COMPLEX64
+
+
+def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
+    """A pass over `num_tokens` tokens of one row, the last of them at position `length` - 1.
+
+    From the second pass on a mask says what each token sees: bool [N, L], of which the kernels of attention make
+    numbers of type e. Keys and values are repeated for each query head where several share one."""
+    mask = num_tokens * length if length > num_tokens else 0
+    repeated = 2 * s.H * length * s.D * s.e if s.H > s.K else 0
+    attend = mask * s.e + repeated + num_tokens * s.H * s.D * s.e
+    return mask + max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
+
+
+def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
+    """A step of one token for each row. Rows of different lengths have a mask; no keys or values are copied."""
+    mask = batch_size * length if batch_size > 1 else 0
+    attend = mask * s.e + batch_size * s.H * s.D * s.e
+    return mask + max(block_bytes(s, batch_size, attend), batch_size * s.C * s.e + choice_bytes(s, batch_size))
+
+
+def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
+    """The most that one block holds: where q and k are rotated, in attention (`attend`), behind it, or in the
+    feed-forward part.
+
+    Around each, the block's input, x after attention and the normed x are alive: C each. Over several ranks the last
+    sum, C, is let go late by the thread that made it.
+    Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result.
+    Behind attention: q, k, v, the rotated q and k, attention's output H D and wo's C.
+    Feed-forward: w13's output 2F, silu(gate) F and its product F; then the product and w2's output C."""
+    qk = (s.H + s.K) * s.D
+    heads = (s.H + 2 * s.K) * s.D * s.e
+    rotate = qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
+    rotated = qk * s.e
+    attention = 2 * s.C * s.e + heads + max(rotate, rotated + (s.H * s.D + s.C) * s.e)
+    feed_forward = 3 * s.C * s.e + (3 * s.F + max(s.F, s.C)) * s.e
+    late = s.C * s.e if s.mp > 1 else 0
+    attending = num_tokens * (2 * s.C * s.e + heads + rotated + late) + attend
+    return max(num_tokens * (max(attention, feed_forward) + late), attending)
+
+
+def choice_bytes(s: Sizes, batch_size: int) -> int:
+    """Rank 0's logits, and what sampling makes of them where it has to sort them all.
+
+    Logits, in type e: this rank's part, the parts received, and all joined. For each of them `sample` holds an fp32
+    copy (where e is less), and `_draw` at its peak nine numbers of 8 bytes and a bool."""
+    num_logits = batch_size * s.V
+    gathering = num_logits * s.e // s.mp + 2 * num_logits * s.e if s.mp > 1 else 0
+    drawing = num_logits * (s.e + (FP32 if s.e < FP32 else 0) + 9 * INT64 + 1)
+    return max(gathering, drawing)

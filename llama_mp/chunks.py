@@ -1,0 +1,5 @@
+"""How much is in flight at once: sizes that the work keeps to, and that the plan of its memory counts with."""
+
+PREFILL_CHUNK = 512  # tokens of a prompt in one pass: enough for full speed, little enough for flat memory
+SCORED_CHUNK = 64  # the same where logits of each token are wanted: chunk x vocabulary in fp32
+LOAD_ELEMENTS = 8 << 20  # of a checkpoint's tensor read at once, beside the rank's own weights: 32 MiB in fp32

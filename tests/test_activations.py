@@ -1,0 +1,78 @@
+"""The peak of a pass as planned, against what torch's own profiler saw allocated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from ranks import Ranks
+
+from llama_mp.activations import choice_bytes, prefill_bytes, rotation_bytes, sizes_of
+from llama_mp.cache import KVCache
+from llama_mp.config import ModelConfig, SamplingConfig
+from llama_mp.memory import run_time_shards
+from llama_mp.model import build, fill
+from llama_mp.runner import Runner
+from llama_mp.sampling import Row, sample
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPE = {"num_layers": 2, "vocab_size": 9000, "context_length": 1024, "embedding_axis": 0}
+MODELS = {
+    "mha": ModelConfig(name="mha", dim=512, num_heads=8, num_kv_heads=8, hidden_dim=1408, **SHAPE),
+    "gqa": ModelConfig(name="gqa", dim=512, num_heads=16, num_kv_heads=4, hidden_dim=2048, **SHAPE),
+    "narrow": ModelConfig(name="narrow", dim=1024, num_heads=16, num_kv_heads=16, hidden_dim=512, **SHAPE),
+}
+LENGTH = 600
+SMALL_CHANGE = 200_000  # what the plan leaves out: positions, ids, a row of logits, blocks of scores of one thread
+
+
+def allocated(act: Callable[[], Any]) -> tuple[int, Any]:
+    """The most bytes that `act` had allocated at once beside what was there, and its result."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = act()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most, result
+
+
+def peaks(name: str, dtype: str) -> dict[str, int] | None:
+    """In a rank: the peaks of the passes of a prompt, of the table of rotations and of a choice."""
+    world = jobs.connect(jobs.RunConfig(device="cpu"))
+    torch.set_num_threads(1)
+    config, kind, mp = MODELS[name], DTYPES[dtype], world.size
+    model = build(config, mp)
+    fill(model, {n: torch.rand(s.shape).to(kind) / 99 for n, s in run_time_shards(config, world.rank, mp).items()})
+    cache = KVCache.allocate(config, mp, num_slots=4, max_seq_len=LENGTH, dtype=kind, device=CPU)
+    rotations, runner = allocated(lambda: Runner(config, model, cache))
+    runner.prefill([1, 2], slot=0, start=0, all_logits=False)  # what is made once, by the first pass
+    first, _ = allocated(lambda: runner.prefill([7] * 400, slot=0, start=0, all_logits=False))
+    second, _ = allocated(lambda: runner.prefill([7] * 200, slot=0, start=400, all_logits=False))
+    _, logits = allocated(lambda: runner.decode([1, 2, 3, 4], [10, 20, 30, 40]))
+    world.close()
+    if not world.is_leader:
+        return None
+    rows = [Row(sampling=SamplingConfig(temperature=1.0, top_p=1.0), uniform=0.5)] * 4
+    chosen, _ = allocated(lambda: sample(logits, rows))
+    return {"rotations": rotations, "first": first, "second": second, "choice": chosen + logits.numel() * kind.itemsize}
+
+
+@pytest.mark.parametrize("mp", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pass_holds_what_is_planned(ranks: Ranks, name: str, dtype: str, mp: int) -> None:
+    config = MODELS[name]
+    found = ranks.run(mp, peaks, name=name, dtype=dtype)[0]
+    sizes = sizes_of(config, mp, DTYPES[dtype].itemsize)
+    for peak, num_tokens, length in ((found["first"], 400, 400), (found["second"], 200, 600)):
+        planned = prefill_bytes(sizes, num_tokens, length)
+        late = num_tokens * config.dim * sizes.e if mp > 1 else 0  # by how long the sum stays is chance
+        assert 0.98 * planned - late - SMALL_CHANGE <= peak <= 1.02 * planned + SMALL_CHANGE
+    assert found["choice"] == pytest.approx(choice_bytes(sizes, 4), rel=0.02, abs=SMALL_CHANGE)
+    table = LENGTH * config.head_dim * 4
+    assert rotation_bytes(config, LENGTH) == table
+    assert table <= found["rotations"] <= 2 * table + SMALL_CHANGE  # the angles beside it, for a moment
