@@ -1,5 +1,6 @@
 """A model ready to answer, on one rank or many: the same object for scripts, notebooks and the launch files."""
 
+import math
 import os
 import sys
 import time
@@ -211,7 +212,7 @@ class LLM:
     def prepare(self, shape: Sequence[int]) -> Runner:
         """A runner over a cache of (slots, positions) `shape`."""
         num_slots, max_seq_len = shape
-        self.shape = max(self.shape[0], num_slots), max(self.shape[1], max_seq_len)
+        self.shape = max(self.shape, (num_slots, max_seq_len), key=math.prod)
         with self.world.together():
             self.check_fits(shape)
             cache = KVCache.allocate(
