@@ -233,15 +233,10 @@ class LLM:
     def check_fits(self, shape: Sequence[int]) -> None:
         """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room."""
         batch_size, seq_len = shape
-        workload = Workload(
-            dtype=DTYPE_NAMES[self.dtype],
-            batch_size=batch_size,
-            seq_len=max(2, seq_len),
-            device=self.world.device.type,
-        )
-        mp = self.world.size
+        mp, device, dtype = self.world.size, self.world.device, DTYPE_NAMES[self.dtype]
+        workload = Workload(dtype=dtype, batch_size=batch_size, seq_len=max(2, seq_len), device=device.type)
         if not self.run.force:
-            room = free_room(self.world.device, self.world.local_size)
+            room = free_room(device, self.world.local_size)
             check_fits(self.config, mp, workload, room, has_weights=self.model is not None)
         self.planned = max(self.planned, rank_memory(self.config, mp, workload), key=lambda m: m.allocated_bytes)
 
