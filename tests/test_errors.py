@@ -121,7 +121,8 @@ def test_shards_of_two_models(ranks: Ranks, folder: Path, tmp_path: Path) -> Non
 def test_a_tokenizer_with_more_ids_than_the_model(ranks: Ranks, folder: Path, smollm2_file: Path) -> None:
     says = f"the tokenizer {smollm2_file} has 49152 ids, the model gqa %d: give the model's own with --tokenizer"
     assert refused(ranks, folder, smollm2_file) == says % 331
-    edit_params(folder, vocab_size=-1)  # as in LLaMA 1: then the tensors tell, the padding of two shards among them
+    own = json.loads((folder / "params.json").read_text())["llama_mp"] | {"vocab_size": 0}
+    edit_params(folder, vocab_size=-1, llama_mp=own)  # as in LLaMA 1: the tensors tell, with the padding of two shards
     assert refused(ranks, folder, smollm2_file) == says % 332
 
 
