@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from running import ROOT, Done, run
 
 TINY = ("--layers", "1", "--dim", "64", "--rounds", "1", "--degrees", "3:2")
@@ -13,6 +14,7 @@ def bench(*flags: str | Path) -> Done:
     return run(sys.executable, ROOT / "benchmarks" / "reshard.py", *TINY, *flags)
 
 
+@pytest.mark.slow
 def test_each_way_is_measured_and_the_last_line_is_json(tmp_path):
     done = bench("--folder", tmp_path, "--cold", "false")
     assert done.code == 0, done.stderr

@@ -96,7 +96,12 @@ def terminal(commands: str, folder: Path, home: Path) -> tuple[int, str]:
     return done.code, done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES)
+def with_speed(page: str) -> object:
+    """A bench takes its time: its verb has quick tests of its own."""
+    return pytest.param(page, marks=pytest.mark.slow) if page == "bench.md" else page
+
+
+@pytest.mark.parametrize("page", map(with_speed, PAGES))
 def test_every_command_of_a_page_prints_what_it_shows(page: str, tmp_path: Path, home: Path) -> None:
     for name in ("launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)

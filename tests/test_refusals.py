@@ -164,6 +164,7 @@ def test_a_dev_shm_of_4_kb_is_enough(tiny: Path) -> None:
 # ---- ports -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_while_torchruns_usual_port_is_taken(tiny: Path) -> None:
     with socket.socket() as taken:
         try:
