@@ -72,7 +72,7 @@ def test_figures_agree_with_each_other() -> None:
     assert result["decode_tokens_per_s"] == pytest.approx(sorted(result["decode_tokens_per_s_of_each"])[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("start", ["torchrun", "--mp"])
+@pytest.mark.parametrize("start", [pytest.param("torchrun", marks=pytest.mark.slow), "--mp"])
 def test_several_ranks_measure_together(start: str) -> None:
     done = torchrun(2, BENCH, *SHORT) if start == "torchrun" else bench("--mp", "2", *SHORT)
     result = result_of(done)

@@ -101,7 +101,7 @@ def with_speed(page: str) -> object:
     return pytest.param(page, marks=pytest.mark.slow) if page == "bench.md" else page
 
 
-@pytest.mark.parametrize("page", map(with_speed, PAGES))
+@pytest.mark.parametrize("page", [with_speed(page) for page in PAGES])
 def test_every_command_of_a_page_prints_what_it_shows(page: str, tmp_path: Path, home: Path) -> None:
     for name in ("launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
