@@ -1,7 +1,8 @@
 """Ranks: who they are, where they compute, and how they speak to each other.
 
 Two channels: the default process group is gloo and carries control messages; fairscale's model-parallel group
-carries tensors, over NCCL between GPUs. A one-rank world needs neither network nor port.
+carries tensors, over NCCL between GPUs and through shared memory between the processes of one machine. A one-rank
+world needs neither network nor port.
 """
 
 import contextlib
@@ -15,13 +16,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
-from llama_mp import errors
+from llama_mp import errors, shared_memory
 from llama_mp.config import RunConfig
 from llama_mp.errors import LostContact, RequestError, RunError
 from llama_mp.machine import choose_device, return_freed_memory, threads_per_rank, unused_gpu
@@ -195,13 +197,29 @@ def connect(run: RunConfig) -> World:
     if world.is_leader and (note := unused_gpu(run.device)):
         print(note, file=sys.stderr, flush=True)
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
-    backend = "nccl" if size > 1 and world.device.type == "cuda" else control
+    backend = tensor_backend(world)
     form_model_parallel_group(size, backend, timedelta(seconds=run.step_timeout))
     world.patience_s = max(run.step_timeout, LEAST_PATIENCE_S)
     if size > 1 and world.is_leader:
         world.heartbeat = Heartbeat(store)
         world.heartbeat.start()
     return world
+
+
+def tensor_backend(world: World) -> str:
+    """What the model-parallel group sums with: the fastest that all ranks have."""
+    if world.size == 1:
+        return "alone"
+    if world.device.type == "cuda":
+        return "nccl"
+    machines = world.gather([this_machine(), shared_memory.is_available()])
+    return shared_memory.NAME if all(found == [machines[0][0], True] for found in machines) else "gloo"
+
+
+def this_machine() -> str:
+    """The same for all processes that can open each other's files in /proc, and for no others."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def is_first_to_speak(store: dist.Store, rank: int) -> bool:
@@ -216,8 +234,11 @@ def form_model_parallel_group(size: int, backend: str, timeout: timedelta) -> No
     """fairscale's groups over all ranks; what it prints is not for the user, and it passes no timeout on."""
     with contextlib.redirect_stdout(io.StringIO()):
         fairscale_groups.initialize_model_parallel(size, model_parallel_backend=backend)
-    if size > 1:
-        dist.distributed_c10d._set_pg_timeout(timeout, fairscale_groups.get_model_parallel_group())
+    group = fairscale_groups.get_model_parallel_group()
+    if isinstance(group, shared_memory.SharedMemory):
+        group.set_timeout(timeout)
+    elif size > 1:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def reduce(x: torch.Tensor) -> torch.Tensor:
