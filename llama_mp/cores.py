@@ -7,6 +7,7 @@ from pathlib import Path
 from llama_mp.errors import RequestError
 
 MAX_THREADS = 8
+unpinned: set[int] | None = None  # what this process may run on, while it keeps to a share of it (pinning.py)
 
 
 def threads_asked() -> int | None:
@@ -23,8 +24,9 @@ def num_threads() -> int:
 
 
 def cores_at_hand() -> int:
-    """Cores that this process may run on, the CPU quota of its control group (containers) included."""
-    cores = len(os.sched_getaffinity(0))
+    """Cores that this process may run on, the CPU quota of its control group (containers) included; its ranks share
+    them."""
+    cores = len(unpinned or os.sched_getaffinity(0))
     quota = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "200000 100000": microseconds per period
     if quota.is_file():
         limit, period = quota.read_text().split()

@@ -22,7 +22,7 @@ from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
 from llama_mp.fit import check_fits
 from llama_mp.flags import checked
-from llama_mp.kernels import load_library
+from llama_mp.kernels import load_kernels
 from llama_mp.layout import check_degree, fuse, shards
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype, free_room
@@ -125,7 +125,7 @@ class LLM:
         """This rank's model."""
         world = self.world
         if world.device.type == "cpu" and self.dtype is torch.bfloat16:
-            load_library()  # built now, if it must be, and not during the first step
+            load_kernels()  # built now, if it must be, and not during the first step
         model = build(self.config, world.size)
         wanted = fuse(shards(self.config, world.rank, world.size))
         parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)

@@ -1,7 +1,8 @@
 """Ranks: who they are, where they compute, and how they speak to each other.
 
 Two channels: the default process group is gloo and carries control messages; fairscale's model-parallel group
-carries tensors, over NCCL between GPUs. A one-rank world needs neither network nor port.
+carries tensors, over NCCL between GPUs and through shared memory between the processes of one machine. A one-rank
+world needs neither network nor port.
 """
 
 import contextlib
@@ -15,21 +16,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
-from llama_mp import errors
+from llama_mp import errors, shared_memory
 from llama_mp.config import RunConfig
+from llama_mp.cores import cores_at_hand
 from llama_mp.errors import LostContact, RequestError, RunError
 from llama_mp.machine import choose_device, return_freed_memory, threads_per_rank, unused_gpu
+from llama_mp.pinning import pin, read_places, shares, unpin
 
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
 HEARTBEAT_S = 1.0
 LONGEST_POLL_S = 0.05
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LEAST_PATIENCE_S = 30.0  # a machine that is short of memory may let rank 0 sleep for many seconds
 CONTACT = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe|timed out", re.IGNORECASE)
 
@@ -166,6 +171,7 @@ class World:
         """Leave the groups. A world that failed is not closed: its peers may be gone."""
         if self.heartbeat:
             self.heartbeat.stop()
+        unpin()
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -195,13 +201,57 @@ def connect(run: RunConfig) -> World:
     if world.is_leader and (note := unused_gpu(run.device)):
         print(note, file=sys.stderr, flush=True)
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
-    backend = "nccl" if size > 1 and world.device.type == "cuda" else control
+    if size == 1:
+        backend = control
+    else:
+        backend = "nccl" if world.device.type == "cuda" else cpu_backend(world)
     form_model_parallel_group(size, backend, timedelta(seconds=run.step_timeout))
     world.patience_s = max(run.step_timeout, LEAST_PATIENCE_S)
     if size > 1 and world.is_leader:
         world.heartbeat = Heartbeat(store)
         world.heartbeat.start()
     return world
+
+
+class Neighbour(NamedTuple):
+    """A rank on the machine of this one: what it may run on, what is allowed of it, and how many threads it has."""
+
+    cpus: list[int]
+    num_cores: int
+    num_threads: int
+
+
+def neighbours(world: World) -> dict[int, Neighbour]:
+    """The ranks on this machine, this one among them, by their numbers."""
+    cpus = sorted(os.sched_getaffinity(0))
+    found = world.gather([machine_id(), Neighbour(cpus, cores_at_hand(), torch.get_num_threads())])
+    return {rank: Neighbour(*told) for rank, (machine, told) in enumerate(found) if machine == found[world.rank][0]}
+
+
+def machine_id() -> str:
+    """The same in all containers of a machine."""
+    return BOOT_ID.read_text() if BOOT_ID.is_file() else os.uname().nodename
+
+
+def pin_beside(here: dict[int, Neighbour], rank: int) -> None:
+    """Let this rank compute on its share of the machine's cores, where they can be shared."""
+    masks = [neighbour.cpus for neighbour in here.values()]
+    num_cores, num_threads = min(n.num_cores for n in here.values()), max(n.num_threads for n in here.values())
+    found = shares(masks, read_places(masks[0]), num_cores=num_cores, num_threads=num_threads)
+    if found is not None:
+        pin(found[list(here).index(rank)])
+
+
+def cpu_backend(world: World) -> str:
+    """What ranks on CPUs sum with: shared memory on one machine, gloo between several."""
+    here = neighbours(world)
+    pin_beside(here, world.rank)
+    if len(here) < world.size:
+        return "gloo"
+    obstacle = shared_memory.prepare(world.rank, world.size, world.gather)
+    if obstacle and world.is_leader:
+        print(f"the ranks sum over gloo, not through shared memory ({obstacle}): slower", file=sys.stderr, flush=True)
+    return "gloo" if obstacle else shared_memory.NAME
 
 
 def is_first_to_speak(store: dist.Store, rank: int) -> bool:
@@ -216,8 +266,11 @@ def form_model_parallel_group(size: int, backend: str, timeout: timedelta) -> No
     """fairscale's groups over all ranks; what it prints is not for the user, and it passes no timeout on."""
     with contextlib.redirect_stdout(io.StringIO()):
         fairscale_groups.initialize_model_parallel(size, model_parallel_backend=backend)
-    if size > 1:
-        dist.distributed_c10d._set_pg_timeout(timeout, fairscale_groups.get_model_parallel_group())
+    group = fairscale_groups.get_model_parallel_group()
+    if isinstance(group, shared_memory.SharedMemory):
+        group.set_timeout(timeout)
+    elif size > 1:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def reduce(x: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ WITH_TORCH = [
     "llama_mp.kernels",
     "llama_mp.cache",
     "llama_mp.parallel",
+    "llama_mp.shared_memory",
     "llama_mp.machine",
     "llama_mp.sampling",
     "llama_mp.checkpoint",
@@ -100,7 +101,9 @@ WITHOUT_TORCH = [
     "llama_mp.config",
     "llama_mp.flags",
     "llama_mp.files",
+    "llama_mp.pinning",
     "llama_mp.cores",
+    "llama_mp.compiled",
     "llama_mp.errors",
     "llama_mp.version",
 ]
