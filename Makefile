@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-plan bench-reshard clean
+.PHONY: help demo test test-slow lint bench bench-all-reduce bench-plan bench-reshard clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-slow      the slow tests: minutes each'
 	@echo 'make lint           style: ruff check, ruff format --check'
 	@echo 'make bench          decode speed beside Hugging Face, on the CPU'
+	@echo 'make bench-all-reduce  sums over ranks through shared memory beside gloo'
 	@echo 'make bench-reshard  resharding beside cp and a short script; 13 GB of disk and of memory'
 	@echo 'make bench-plan     planned memory beside measured: ten minutes'
 	@echo 'make clean          remove build output and caches; .venv stays (rm -r .venv removes it)'
@@ -41,6 +42,9 @@ lint: .venv/.installed-lint
 
 bench: .venv/.installed-test
 	$(PY) benchmarks/decode.py
+
+bench-all-reduce: .venv/.installed-demo
+	$(PY) benchmarks/all_reduce.py
 
 bench-reshard: .venv/.installed-test
 	$(PY) benchmarks/reshard.py

@@ -31,6 +31,7 @@ def load_library(source: Path, *options: str) -> ctypes.CDLL | None:
         return None
 
 
+@functools.cache
 def library_of(source: Path, *options: str) -> ctypes.CDLL:
     """The compiled `source`. Raises OSError, in one line, where it cannot be built."""
     try:

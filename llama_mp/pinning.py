@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ def shares(
     whole = [list(cpus) for _, cpus in groupby(by_place, key=places.__getitem__)]
     units = whole if len(whole) >= len(masks) else [[cpu] for cpu in by_place]
     bounds = [rank * len(units) // len(masks) for rank in range(len(masks) + 1)]
-    found = [sum(units[start:end], []) for start, end in zip(bounds, bounds[1:], strict=False)]
+    found = [[cpu for unit in units[start:end] for cpu in unit] for start, end in pairwise(bounds)]
     return found if num_threads <= min(map(len, found)) else None
 
 

@@ -6,6 +6,7 @@
  * outnumber cores. Compiled without -fassociative-math: the order of summation is fixed. */
 
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
@@ -46,6 +47,12 @@ typedef struct {
     int file; /* of the region: a rank holds a lock on the byte of its number as long as it lives */
     double timeout_s;
 } group;
+
+/* A file in memory without a name, closed on exec; minus the error's number where there is none. */
+int new_file(void) {
+    long file = syscall(SYS_memfd_create, "llama-mp", 1u /* MFD_CLOEXEC, which old headers lack */);
+    return file < 0 ? -errno : (int)file;
+}
 
 static member *member_of(const group *g, long rank) { return (member *)g->region + rank; }
 

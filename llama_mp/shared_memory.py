@@ -46,14 +46,44 @@ class Group(ctypes.Structure):
 
 
 class Region:
-    """Zeroed memory that the ranks have in common. A rank that has mapped it holds a lock on the byte of its number,
-    which goes when its process does: so the others know."""
+    """Zeroed memory that the ranks have in common: a file without a name. A rank that has joined holds a lock on the
+    byte of its number, which goes when its process does: so the others know."""
 
-    def __init__(self, file: int, rank: int, size: int) -> None:
+    def __init__(self, file: int) -> None:
         self.file = file
         weakref.finalize(self, os.close, file)
-        self.memory = mmap.mmap(file, num_bytes(size))
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+
+    @classmethod
+    def make(cls, size: int) -> "Region":
+        """Raises OSError where there is no memory for it, and beyond a limit of file sizes (`ulimit -f`)."""
+        file = library_of(SOURCE).new_file()  # os.memfd_create is missing from Pythons built for old systems
+        if file < 0:
+            raise OSError(-file, os.strerror(-file))
+        region = cls(file)
+        os.fchmod(file, 0o600)
+        os.ftruncate(file, num_bytes(size))
+        return region
+
+    @classmethod
+    def find(cls, path: str, *identity: int) -> "Region":
+        """Another rank's. Raises OSError when it cannot be seen from here, as from a container of one's own."""
+        region = cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        if region.identity() != identity:
+            raise OSError(f"{path} is of another process here: the ranks are in containers of their own")
+        return region
+
+    def whereabouts(self) -> list[Any]:
+        """The arguments of `find`."""
+        return [f"/proc/{os.getpid()}/fd/{self.file}", *self.identity()]
+
+    def identity(self) -> tuple[int, ...]:
+        status = os.fstat(self.file)
+        return status.st_dev, status.st_ino
+
+    def join(self, rank: int, size: int) -> "Region":
+        self.memory = mmap.mmap(self.file, num_bytes(size))
+        fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        return self
 
     @property
     def address(self) -> int:
@@ -61,7 +91,7 @@ class Region:
 
 
 class SharedMemory(dist.ProcessGroup):
-    """The collectives that the model needs, over the region that `prepare` has left. Results are there on return."""
+    """The collectives that the model needs, over the region that `prepare` has joined. Results are there on return."""
 
     def __init__(self, rank: int, size: int, region: Region, timeout: timedelta) -> None:
         super().__init__(rank, size)
@@ -96,9 +126,7 @@ class SharedMemory(dist.ProcessGroup):
                 tensor.copy_(x)
         return Done()
 
-    def gather(
-        self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], options: Any
-    ) -> "Done":
+    def gather(self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], options: Any) -> "Done":
         """The root's `outputs` become the ranks' `inputs`."""
         [x], root = inputs, options.rootRank
         x = x.contiguous()
@@ -128,66 +156,35 @@ class Done(dist.Work):
         return True
 
 
-_regions: list[Region] = []  # prepared and not taken: fairscale makes a group by the name of its backend alone
+_joined: list[Region] = []  # and not in use: fairscale makes a group by the name of its backend alone
 
 
 def create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> SharedMemory:
-    return SharedMemory(rank, size, _regions.pop(), timeout)
+    return SharedMemory(rank, size, _joined.pop(), timeout)
 
 
 dist.Backend.register_backend(NAME, create, devices=["cpu"])
 
 
 def prepare(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> str | None:
-    """Map the memory for a group of all ranks, which are on one machine. Returns None, or why there is no such memory,
+    """Join the memory for a group of all ranks, which are on one machine. Returns None, or why there is no such memory,
     the same on every rank. `gather` gives every rank the JSON messages of all."""
-    region = None
+    region = obstacle = None
     try:
         library_of(SOURCE)
-        made, failure = (offer(size) if rank == 0 else None), None
+        region = Region.make(size).join(rank, size) if rank == 0 else None
     except OSError as error:
-        made, failure = None, text_of(error)
-    offers = gather([made and made[1], failure])
-    if failures := [f"rank {other}: {said}" for other, (_, said) in enumerate(offers) if said]:
-        if made:
-            os.close(made[0])
-        return failures[0]
-    try:
-        region = Region(made[0] if made else accept(offers[0][0]), rank, size)
-    except OSError as error:
-        failure = text_of(error)
-    failures = [f"rank {other}: {said}" for other, said in enumerate(gather(failure)) if said]
-    if failures:
-        return failures[0]
-    _regions[:] = [region]
-    return None
-
-
-def offer(size: int) -> tuple[int, list[Any]]:
-    """A file in memory, which has no name, and what the other ranks need to open it. Raises OSError."""
-    file = os.memfd_create("llama-mp", os.MFD_CLOEXEC)
-    try:
-        os.fchmod(file, 0o600)
-        os.ftruncate(file, num_bytes(size))  # fails beyond `ulimit -f`
-    except OSError:
-        os.close(file)
-        raise
-    return file, [f"/proc/{os.getpid()}/fd/{file}", *identity(file)]
-
-
-def accept(offered: list[Any]) -> int:
-    """Rank 0's file. Raises OSError when this rank cannot see it, as between the namespaces of containers."""
-    path, *wanted = offered
-    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    if list(identity(file)) != wanted:
-        os.close(file)
-        raise OSError(f"{path} is of another process here: the ranks are in containers of their own")
-    return file
-
-
-def identity(file: int) -> tuple[int, int]:
-    status = os.fstat(file)
-    return status.st_dev, status.st_ino
+        obstacle = f"rank {rank}: {text_of(error)}"
+    told = gather([obstacle, region and region.whereabouts()])
+    obstacle = next((said for said, _ in told if said), None)
+    if rank > 0 and not obstacle:
+        try:
+            region = Region.find(*told[0][1]).join(rank, size)
+        except OSError as error:
+            obstacle = f"rank {rank}: {text_of(error)}"
+    obstacle = next(filter(None, gather(obstacle)), None)
+    _joined[:] = [region] if region and not obstacle else []
+    return obstacle
 
 
 def num_bytes(size: int) -> int:

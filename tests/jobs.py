@@ -1,10 +1,8 @@
 """What the ranks of the pool run: a model loaded and asked, rank 0's findings as the result."""
 
 import contextlib
-import functools
 import io
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
@@ -20,7 +17,6 @@ from llama_mp.errors import one_line
 from llama_mp.layout import fuse, shards
 from llama_mp.llm import LLM
 from llama_mp.locate import locate, random_checkpoint
-from llama_mp.machine import DTYPES
 from llama_mp.model import build
 from llama_mp.parallel import World, connect, reduce
 from llama_mp.request import Request
@@ -227,36 +223,3 @@ def slow_leader(step_timeout: float, pause: float) -> list[Any]:
     dist.broadcast(message, src=0)
     world.close()
     return [*told, message.item()]
-
-
-def sums(dtype: str, counts: Sequence[int]) -> list[tuple[str, bool, bool]]:
-    """For each count of elements: the backend, whether the sum over the ranks is the one in their order in fp32, and
-    whether rank 0 gathers every rank's part."""
-    world = connect(RunConfig(device="cpu"))
-    group = get_model_parallel_group()
-    results, seeds = [], [torch.Generator().manual_seed(rank) for rank in range(world.size)]
-    for count in counts:
-        parts = [torch.randn(count, generator=seed).to(DTYPES[dtype]) for seed in seeds]
-        expected = functools.reduce(torch.add, [part.float() for part in parts]).to(DTYPES[dtype])
-        found = parts[world.rank].clone()
-        dist.all_reduce(found, group=group)
-        gathered = [torch.empty_like(found) for _ in parts] if world.is_leader else None
-        dist.gather(parts[world.rank], gathered, group=group, group_dst=0)
-        all_there = gathered is None or all(map(torch.equal, gathered, parts))
-        results.append((dist.get_backend(group), torch.equal(found, expected), all_there))
-    world.close()
-    return results
-
-
-def left_alone(timeout_s: float) -> str:
-    """What rank 0 says when rank 1 does not come to a sum."""
-    world = connect(RunConfig(device="cpu", step_timeout=timeout_s))
-    try:
-        if world.is_leader:
-            dist.all_reduce(torch.ones(5), group=get_model_parallel_group())
-    except dist.DistError as error:
-        return str(error)
-    finally:
-        world.gather("both are here again")
-        world.close()
-    return ""

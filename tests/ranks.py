@@ -22,7 +22,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["llama_mp.llm", "jobs"])
+        self.context.set_forkserver_preload(["llama_mp.llm", "jobs", "shared_jobs"])
         self.workers: list[tuple[multiprocessing.Process, Connection]] = []
 
     def start(self) -> None:
@@ -34,6 +34,15 @@ class Ranks:
 
     def run(self, mp: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """Each rank's result. An exception on any rank ends the pool and fails the test with its traceback."""
+        replies = self.replies(mp, function, **arguments)
+        failed = [f"rank {rank}: {result}" for rank, (good, result) in enumerate(replies) if not good]
+        if failed:
+            self.stop()
+            raise AssertionError("\n".join(failed))
+        return [result for _, result in replies]
+
+    def replies(self, mp: int, function: Callable[..., Any], **arguments: Any) -> list[tuple[bool, Any]]:
+        """Each rank's result, after True; or why there is none. Who lets a rank fail must `stop` the pool."""
         if not self.workers:
             self.start()
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
@@ -41,21 +50,22 @@ class Ranks:
         for rank, connection in enumerate(chosen):
             connection.send((environment(rank, mp, store.port), function, arguments))
         deadline = time.monotonic() + JOB_TIMEOUT_S
-        in_time = [connection.poll(max(0, deadline - time.monotonic())) for connection in chosen]
-        replies = [
-            c.recv() if there else (False, "no answer in time") for c, there in zip(chosen, in_time, strict=True)
-        ]
-        failed = [f"rank {rank}: {result}" for rank, (good, result) in enumerate(replies) if not good]
-        if failed:
-            self.stop()
-            raise AssertionError("\n".join(failed))
-        return [result for _, result in replies]
+        return [reply_of(connection, deadline) for connection in chosen]
 
     def stop(self) -> None:
         for process, _ in self.workers:
             process.kill()
             process.join()
         self.workers = []
+
+
+def reply_of(connection: Connection, deadline: float) -> tuple[bool, Any]:
+    if not connection.poll(max(0, deadline - time.monotonic())):
+        return False, "no answer in time"
+    try:
+        return connection.recv()
+    except EOFError:
+        return False, "its process has ended"
 
 
 def environment(rank: int, mp: int, port: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""benchmarks/reshard.py on a model of a few megabytes: it runs, compares equal work, tells the states of its input."""
+"""The benchmarks, small: they run, compare equal work, and tell what they compared."""
 
 import json
 import sys
@@ -42,3 +42,14 @@ def test_help_shows_the_degrees_as_they_are_given():
 def test_a_folder_without_room_is_refused(tmp_path):
     refusal = run(sys.executable, ROOT / "benchmarks" / "reshard.py", "--dim", "65536", "--folder", tmp_path).refusal
     assert "GB free, and 3 x " in refusal
+
+
+@pytest.mark.slow
+def test_sums_over_the_ranks_are_measured_by_both_ways():
+    script = ROOT / "benchmarks" / "all_reduce.py"
+    done = run(sys.executable, script, "--ranks", "2", "--kib", "8", "--kib", "64", "--rounds", "1")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["ranks"]["2"]
+    assert list(found) == ["8", "64"]
+    for figures in found.values():
+        assert figures["ratio"] == pytest.approx(figures["gloo_us"] / figures["shared_memory_us"], rel=0.1)
