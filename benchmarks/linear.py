@@ -27,7 +27,7 @@ def main() -> None:
         num_bytes = 2 * rows * cols
         weights = [torch.randn(rows, cols).bfloat16() for _ in range(max(2, int(STREAMED_BYTES / num_bytes)))]
         x = torch.randn(batch, cols).bfloat16()
-        theirs, ours = (median_s(f, x, weights) for f in (F.linear, kernels.linear_bf16))
+        theirs, ours = (median_s(f, x, weights) for f in (F.linear, kernels.linear_of_few))
         print(
             f"{name:15} batch {batch}: torch {num_bytes / theirs / 1e9:5.1f} GB/s, ours {num_bytes / ours / 1e9:5.1f}"
         )

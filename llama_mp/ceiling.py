@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from llama_mp.kernels import linear_bf16, load_kernels
+from llama_mp.kernels import linear_of_few, load_kernels
 from llama_mp.parallel import World
 
 CPU_BYTES, GPU_BYTES = 2**30, 2**31  # of all ranks on a CPU, of each GPU: more than any cache holds
@@ -60,7 +60,7 @@ def products(block: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
         "torch bf16": lambda: F.linear(x.bfloat16(), halves),
     }
     if load_kernels():
-        found["kernels.c bf16"] = lambda: linear_bf16(x.bfloat16(), halves)
+        found["kernels.c bf16"] = lambda: linear_of_few(x, halves)
     return found
 
 

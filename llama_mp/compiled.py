@@ -14,10 +14,11 @@ from pathlib import Path
 
 from llama_mp.errors import rank_zero_speaks
 
+CPUINFO = Path("/proc/cpuinfo")
 # Not -ffast-math, which would change how the whole process rounds.
 # -shared without -lgomp: OpenMP's symbols come from the runtime that torch has loaded (see kernels.c).
 COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fopenmp", "-c")
-REORDERED = ("-fassociative-math",)  # sums in any order, which vectorizing a dot product needs
+NATIVE = "-march=native"  # vectors as wide as this machine's; another kind of machine builds its own
 
 
 @functools.cache
@@ -48,7 +49,9 @@ def built_library(source: Path, options: list[str]) -> Path:
     if shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler {compiler[0]}: install one, for example gcc")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), version, repr(options).encode()])).hexdigest()[:16]
+    headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
+    built_from = [source.read_bytes(), *headers, version, repr(options).encode(), cpu_features()]
+    key = hashlib.sha256(b"\0".join(built_from)).hexdigest()[:16]
     folder = cache_folder()
     library = folder / f"{source.stem}-{key}.so"
     with (folder / f"{source.stem}.lock").open("w") as lock:
@@ -56,6 +59,12 @@ def built_library(source: Path, options: list[str]) -> Path:
         if not library.exists():
             build(compiler, options, source, library)
     return library
+
+
+def cpu_features() -> bytes:
+    """What the kernel says that this machine's cores can do: a home folder may be shared by unlike machines."""
+    lines = CPUINFO.read_bytes().splitlines() if CPUINFO.is_file() else []
+    return b"\n".join(sorted({line for line in lines if line.split(b":")[0].strip() in (b"flags", b"Features")}))
 
 
 def build(compiler: list[str], options: list[str], source: Path, library: Path) -> None:

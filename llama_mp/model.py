@@ -16,7 +16,8 @@ from torch import nn
 
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig
-from llama_mp.kernels import linear
+from llama_mp.fused import attend, rms_norm, suits, swiglu
+from llama_mp.kernels import activation_dtype, linear
 from llama_mp.layout import heads_per_rank, padded
 from llama_mp.parallel import reduce
 from llama_mp.rope import rotate
@@ -87,7 +88,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -102,28 +103,31 @@ class Attention(nn.Module):
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`keys`, `values`: this layer's cache [slots, positions, K, D]; the tokens' own are written first."""
         heads_NHD = self.wqkv(x_NC).unflatten(-1, (-1, self.head_dim))
+        is_one_each = len(x_NC) == step.batch_size
+        if is_one_each and suits(x_NC, keys):
+            slots = step.attended_slots
+            y_NHD = attend(heads_NHD, step.rotations_N1d, keys[slots], values[slots], step.positions_N)
+            return self.wo(y_NHD.flatten(1))
         qk_NHD, v_NKD = heads_NHD.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         q_NHD, k_NKD = rotate(qk_NHD, step.rotations_N1d).split([self.num_heads, self.num_kv_heads], dim=1)
-        keys[step.slots_N, step.positions_N] = k_NKD
-        values[step.slots_N, step.positions_N] = v_NKD
+        keys[step.slots_N, step.positions_N] = k_NKD.to(keys.dtype)
+        values[step.slots_N, step.positions_N] = v_NKD.to(values.dtype)
         k_BKLD = keys[step.attended_slots, : step.length].transpose(1, 2)
         v_BKLD = values[step.attended_slots, : step.length].transpose(1, 2)
-        if len(x_NC) == step.batch_size:
-            y_NHD = self.attend_one(q_NHD, k_BKLD, v_BKLD, step)
-        else:
-            y_NHD = self.attend_many(q_NHD, k_BKLD, v_BKLD, step)
+        y_NHD = (self.attend_one if is_one_each else self.attend_many)(q_NHD, k_BKLD, v_BKLD, step)
         return self.wo(y_NHD.flatten(1))
 
     def attend_one(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
-        """One token a row: the G query heads that share a KV head stand where a sequence would, so that none of the
-        cache is copied."""
-        q_BKGD = q_NHD.unflatten(1, (self.num_kv_heads, -1))
+        """One token a row: the G query heads that share a KV head stand where a sequence would, in the type of the
+        cache, so that none of it is copied."""
+        q_BKGD = q_NHD.unflatten(1, (self.num_kv_heads, -1)).to(k_BKLD.dtype)
         y_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=step.mask)
-        return y_BKGD.flatten(1, 2)
+        return y_BKGD.flatten(1, 2).to(q_NHD.dtype)
 
     def attend_many(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
         """T tokens a row: keys and values repeated for each query head, which every kernel of torch accepts."""
         group = self.num_heads // self.num_kv_heads
+        k_BKLD, v_BKLD = k_BKLD.to(q_NHD.dtype), v_BKLD.to(q_NHD.dtype)
         if group > 1:
             k_BKLD, v_BKLD = (x.repeat_interleave(group, dim=1) for x in (k_BKLD, v_BKLD))
         q_BHTD = q_NHD.unflatten(0, (step.batch_size, -1)).transpose(1, 2)
@@ -141,8 +145,7 @@ class FeedForward(nn.Module):
         self.w2 = RowLinear(hidden_dim, config.dim)
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
-        gate_NF, up_NF = self.w13(x_NC).chunk(2, dim=-1)
-        return self.w2(F.silu(gate_NF) * up_NF)
+        return self.w2(swiglu(self.w13(x_NC)))
 
 
 class Block(nn.Module):
@@ -171,7 +174,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_N: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
         """Hidden states [N, C] before the last norm."""
-        x_NC = self.tok_embeddings(tokens_N)
+        x_NC = self.tok_embeddings(tokens_N).to(activation_dtype(self.tok_embeddings.weight))
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x_NC = layer(x_NC, step, keys, values)
         return x_NC

@@ -1,0 +1,79 @@
+"""What lies between the matrix products: on a CPU in fp32 by our own fused.c, one call instead of several of torch's.
+
+Shapes: N rows, H query heads, K KV heads, D head dimension, S slots, L positions, F hidden dimension.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from llama_mp.compiled import NATIVE, load_library
+
+SOURCE = Path(__file__).with_name("fused.c")
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of norms and caches
+ADDRESS, LONG = ctypes.c_void_p, ctypes.c_long
+
+
+def suits(x: torch.Tensor, state: torch.Tensor) -> bool:
+    """Whether fused.c computes with activations `x` and a norm's weight or a cache `state`."""
+    on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
+    return on_cpu and state.dtype in KINDS and load_steps() is not None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`F.rms_norm` of x [N, C]; the weight may be of another type."""
+    if not suits(x, weight):
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    load_steps().rms_norm(x.data_ptr(), weight.data_ptr(), KINDS[weight.dtype], eps, y.data_ptr(), *x.shape)
+    return y
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x [N, 2 F], which holds the gate and behind it the up projection (Shazeer 2020)."""
+    if not suits(x, x):
+        gate_NF, up_NF = x.chunk(2, dim=-1)
+        return F.silu(gate_NF) * up_NF
+    hidden_dim = x.shape[1] // 2
+    y_NF = torch.empty(len(x), hidden_dim)
+    load_steps().swiglu(x.contiguous().data_ptr(), y_NF.data_ptr(), len(x), hidden_dim)
+    return y_NF
+
+
+def attend(
+    heads_NHD: torch.Tensor,
+    rotations_N1d: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions_N: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of one token for each of N rows, where `suits` says so: [N, H, D].
+
+    `heads_NHD`: H query heads, then K of keys and K of values, which are stored at the rows' positions first. `keys`,
+    `values` [S, L, K, D]: row i's slot is the i-th."""
+    num_rows, num_fused, head_dim = heads_NHD.shape
+    num_kv_heads = keys.shape[2]
+    num_heads = num_fused - 2 * num_kv_heads
+    y_NHD = torch.empty(num_rows, num_heads, head_dim)
+    tensors = heads_NHD.contiguous(), rotations_N1d.contiguous(), keys, values, positions_N, y_NHD
+    slot_bytes, position_bytes = (stride * keys.element_size() for stride in keys.stride()[:2])
+    sizes = num_rows, num_heads, num_kv_heads, head_dim, slot_bytes, position_bytes
+    if load_steps().attend(*(t.data_ptr() for t in tensors), KINDS[keys.dtype], *sizes):
+        raise MemoryError("no memory for the scores of attention")
+    return y_NHD
+
+
+@functools.cache
+def load_steps() -> ctypes.CDLL | None:
+    """The compiled steps, if this machine can build them."""
+    library = load_library(SOURCE, NATIVE)
+    if library is not None:
+        library.rms_norm.argtypes = [ADDRESS, ADDRESS, ctypes.c_int, ctypes.c_float, ADDRESS, LONG, LONG]
+        library.rms_norm.restype = library.swiglu.restype = None
+        library.swiglu.argtypes = [ADDRESS, ADDRESS, LONG, LONG]
+        library.attend.argtypes = [ADDRESS] * 6 + [ctypes.c_int] + [LONG] * 6
+    return library
