@@ -9,13 +9,14 @@ from llama_mp.memory import (
     BYTES_PER_ELEMENT,
     RankMemory,
     Workload,
+    can_quantize,
     decode_read_bytes,
     kv_cache_bytes,
     offloaded_bytes,
     rank_memory,
 )
 
-NOT_YET = " (not in this version yet)"  # of --quant and --offload
+NOT_YET = " (not in this version yet)"  # of --offload
 PCIE_BYTES_PER_S = 25e9  # PCIe 4.0 x16 from pinned memory: 32e9 in theory, 25e9 in practice
 DISK_BYTES_PER_S = 3e9  # an NVMe drive
 MAX_BATCH = 1 << 16
@@ -42,7 +43,7 @@ class Option(NamedTuple):
 
     def __str__(self) -> str:
         speed = "" if self.tokens_per_s is None else f", at most {rate(self.tokens_per_s)}"
-        coming = NOT_YET if "--quant" in self.flags or "--offload" in self.flags else ""
+        coming = NOT_YET if "--offload" in self.flags else ""
         return f"{self.flags}: {self.memory.total_bytes / 1e9:.2f} GB per rank{speed}{coming}"
 
 
@@ -51,7 +52,8 @@ def rate(tokens_per_s: float) -> str:
 
 
 def fits(config: ModelConfig, mp: int, workload: Workload, device: Device) -> bool:
-    return rank_memory(config, mp, workload).total_bytes <= device.room_bytes
+    has_room = rank_memory(config, mp, workload).total_bytes <= device.room_bytes
+    return has_room and can_quantize(config, mp, workload.quant)
 
 
 def tokens_per_s(config: ModelConfig, mp: int, workload: Workload, device: Device) -> float | None:

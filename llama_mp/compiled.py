@@ -12,13 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llama_mp.cores import cpu_features
 from llama_mp.errors import rank_zero_speaks
 
-CPUINFO = Path("/proc/cpuinfo")
 # Not -ffast-math, which would change how the whole process rounds.
 # -shared without -lgomp: OpenMP's symbols come from the runtime that torch has loaded (see kernels.c).
 COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fopenmp", "-c")
-NATIVE = "-march=native"  # vectors as wide as this machine's; another kind of machine builds its own
+NATIVE = "-march=native"  # vectors as wide as this machine's; one of another kind that shares the folder has its own
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def built_library(source: Path, options: list[str]) -> Path:
         raise OSError(f"no C compiler {compiler[0]}: install one, for example gcc")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
-    built_from = [source.read_bytes(), *headers, version, repr(options).encode(), cpu_features()]
+    built_from = [source.read_bytes(), *headers, version, repr([*options, *sorted(cpu_features())]).encode()]
     key = hashlib.sha256(b"\0".join(built_from)).hexdigest()[:16]
     folder = cache_folder()
     library = folder / f"{source.stem}-{key}.so"
@@ -59,12 +59,6 @@ def built_library(source: Path, options: list[str]) -> Path:
         if not library.exists():
             build(compiler, options, source, library)
     return library
-
-
-def cpu_features() -> bytes:
-    """What the kernel says that this machine's cores can do: a home folder may be shared by unlike machines."""
-    lines = CPUINFO.read_bytes().splitlines() if CPUINFO.is_file() else []
-    return b"\n".join(sorted({line for line in lines if line.split(b":")[0].strip() in (b"flags", b"Features")}))
 
 
 def build(compiler: list[str], options: list[str], source: Path, library: Path) -> None:

@@ -137,6 +137,7 @@ class RunConfig(Flags):
     tokenizer: Path | None = flag(None, "tokenizer file; default: beside the checkpoint, one folder up, or in the GGUF")
     chat_format: Literal["auto", "llama2", "llama3"] = flag("auto", "how chats are written; auto: the model's template")
     dtype: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = flag("auto", "precision of weights and computation")
+    quant: Literal["none", "int8", "int4"] = flag("none", "weights of the matrices in fewer bits")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the model runs")
     max_seq_len: int | None = flag(None, "tokens of prompt and answer that a row holds; default: from the prompts")
     max_batch_size: int = flag(8, "rows computed at once")

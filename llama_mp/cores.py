@@ -1,5 +1,6 @@
 """How many cores a process may compute with."""
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -7,7 +8,20 @@ from pathlib import Path
 from llama_mp.errors import RequestError
 
 MAX_THREADS = 8
+CPUINFO = Path("/proc/cpuinfo")
 unpinned: set[int] | None = None  # what this process may run on, while it keeps to a share of it (pinning.py)
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What the kernel says that the cores of this machine can do: `avx2`, `asimd`."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split()[2:])
+
+
+def has_fast_bf16() -> bool:
+    """Whether products of many rows are faster in bf16 than in fp32: where cores multiply bf16, and torch uses it."""
+    return not cpu_features().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
 def threads_asked() -> int | None:

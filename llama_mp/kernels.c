@@ -208,3 +208,31 @@ int linear(int kind, const char *w, const float *x, float *y, long batch, long r
     free(room);
     return 0;
 }
+
+/* matrix [rows, cols] in fp32 = what w [rows, cols] is packed from: INT8 or INT4. */
+void unpack(int kind, const char *w, float *matrix, long rows, long cols, long row_bytes) {
+    long num_groups = (cols + GROUP - 1) / GROUP;
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const char *row = w + r * row_bytes, *end = row + row_bytes;
+        float *to = matrix + r * cols;
+        if (kind == INT8) {
+            float scale;
+            memcpy(&scale, end - sizeof scale, sizeof scale);
+            for (long i = 0; i < cols; i++) to[i] = scale * (int8_t)row[i];
+            continue;
+        }
+        for (long g = 0; g < num_groups; g++) {
+            uint16_t range[2];
+            memcpy(range, row + num_groups * GROUP / 2 + 4 * g, sizeof range);
+            floats scale = from_half((words){range[0], range[1]});
+            const uint8_t *codes = (const uint8_t *)row + g * GROUP / 2;
+            float values[GROUP];
+            for (int i = 0; i < GROUP / 2; i++) {
+                values[i] = scale[0] * (codes[i] & 15) + scale[1];
+                values[GROUP / 2 + i] = scale[0] * (codes[i] >> 4) + scale[1];
+            }
+            memcpy(to + g * GROUP, values, (cols - g * GROUP < GROUP ? cols - g * GROUP : GROUP) * sizeof *to);
+        }
+    }
+}

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from llama_mp import quant
 from llama_mp.compiled import NATIVE, load_library
+from llama_mp.cores import has_fast_bf16
 
 SOURCE = Path(__file__).with_name("kernels.c")
 KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of weights, in kernels.c
 MAX_ROWS = 8  # from here on arithmetic counts, which torch's blocked kernels do better
-UPCAST_BYTES = 8 << 20  # of a weight at a time: it stays in the cache until the product has read it
 
 
 def activation_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -26,10 +27,10 @@ def activation_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [N, in] times the transpose of `weight` [out, in], in the type of x."""
+    """x [N, in] times the transpose of `weight` [out, in], which may be packed (quant.py), in the type of x."""
     if x.dtype is weight.dtype:
         return F.linear(x, weight)
-    few = len(x) <= MAX_ROWS and weight.dtype in KINDS and x.shape[1] % 2 == 0
+    few = len(x) <= MAX_ROWS and x.dtype is torch.float32 and weight.dtype in KINDS and x.shape[1] % 2 == 0
     return linear_of_few(x, weight) if few and load_kernels() else linear_of_many(x, weight)
 
 
@@ -38,21 +39,38 @@ def linear_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     (num_rows, num_cols), num_out = x.shape, len(weight)
     y = torch.empty(num_rows, num_out)
-    row_bytes = weight.stride(0) * weight.element_size()
     addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-    if load_kernels().linear(KINDS[weight.dtype], *addresses, num_rows, num_out, num_cols, row_bytes):
+    if load_kernels().linear(KINDS[weight.dtype], *addresses, num_rows, num_out, num_cols, row_bytes(weight)):
         raise MemoryError("no memory for a copy of the activations")
     return y
 
 
 def linear_of_many(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`linear` by torch's products in the type of x, of which the weight's rows are made some at a time."""
-    y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    step = max(1, UPCAST_BYTES // (x.shape[1] * x.element_size()))
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        torch.mm(x, weight[rows].to(x.dtype).T, out=y[:, rows])
+    """`linear` by torch's products, for which some of the weight's rows at a time are made the type of the others."""
+    dtype = torch.bfloat16 if x.device.type == "cpu" and has_fast_bf16() else x.dtype
+    factor = x.to(dtype)
+    if weight.dtype is dtype:
+        return F.linear(factor, weight).to(x.dtype)
+    y = x.new_empty(len(x), len(weight))
+    for rows in quant.chunks(weight, x.shape[1]):
+        y[:, rows] = F.linear(factor, unpacked(weight[rows], x.shape[1], dtype))
     return y
+
+
+def unpacked(weight: torch.Tensor, num_cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [out, num_cols] that `weight` is, or is packed from, in `dtype`."""
+    if weight.is_floating_point():
+        return weight.to(dtype)
+    if weight.device.type != "cpu" or not (library := load_kernels()):
+        return quant.dequantize(weight, num_cols, dtype)
+    matrix = torch.empty(len(weight), num_cols)
+    addresses = weight.data_ptr(), matrix.data_ptr()
+    library.unpack(KINDS[weight.dtype], *addresses, len(weight), num_cols, row_bytes(weight))
+    return matrix.to(dtype)
+
+
+def row_bytes(weight: torch.Tensor) -> int:
+    return weight.stride(0) * weight.element_size()
 
 
 @functools.cache
@@ -61,4 +79,5 @@ def load_kernels() -> ctypes.CDLL | None:
     library = load_library(SOURCE, NATIVE)
     if library is not None:
         library.linear.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 3 + [ctypes.c_long] * 4
+        library.unpack.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 2 + [ctypes.c_long] * 3
     return library

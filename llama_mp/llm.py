@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.cache import KVCache
-from llama_mp.checkpoint.load import load_shards, not_finite, open_source
+from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
 from llama_mp.fit import check_fits
 from llama_mp.flags import checked
+from llama_mp.fused import load_steps
 from llama_mp.kernels import load_kernels
-from llama_mp.layout import check_degree, fuse, shards
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype, free_room
-from llama_mp.memory import RankMemory, Workload, padding_share, rank_memory
+from llama_mp.memory import RankMemory, Workload, check_layout, padding_share, rank_memory, run_time_shards
 from llama_mp.model import Transformer, build, fill
 from llama_mp.parallel import World, connect
 from llama_mp.prompts import Prompt
+from llama_mp.quantizer import Quantizer
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 
@@ -98,7 +98,7 @@ class LLM:
         """Check everything on all ranks, and only then read weights."""
         start, world = time.perf_counter(), self.world
         with world.together():
-            check_degree(self.checkpoint.config, world.size)
+            check_layout(self.checkpoint.config, world.size, self.run.quant)
             has_text = world.is_leader and self.checkpoint.tokenizer is not None
             self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if has_text else None
             source = open_source(self.checkpoint, world.device)
@@ -124,16 +124,16 @@ class LLM:
     def load_model(self, source: Source) -> Transformer:
         """This rank's model."""
         world = self.world
-        if world.device.type == "cpu" and self.dtype is torch.bfloat16:
-            load_kernels()  # built now, if it must be, and not during the first step
-        model = build(self.config, world.size)
-        wanted = fuse(shards(self.config, world.rank, world.size))
-        parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)
-        shown = tqdm(parameters, "loading", len(wanted), leave=False, disable=not self.shows_progress, unit=" tensors")
-        parameters = dict(shown)
-        self.not_finite = [source for name, shard in wanted.items() for source in not_finite(shard, parameters[name])]
-        fill(model, parameters)
-        if world.is_leader and (padding := padding_share(self.config, world.size)):
+        if world.device.type == "cpu":
+            load_kernels(), load_steps()  # built now, if they must be, and not during the first step
+        model = build(self.config, world.size, self.run.quant)
+        wanted = run_time_shards(self.config, world.rank, world.size, self.run.quant)
+        with Quantizer(self.run.quant, wanted.values(), world) as finish:
+            parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
+            progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
+            fill(model, dict(tqdm(parameters, "loading", **progress)))
+        self.not_finite = finish.not_finite
+        if world.is_leader and (padding := padding_share(self.config, world.size, self.run.quant)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
             self.say(f"{self.config.name} over {world.size} ranks: {cost}")
         return model
@@ -141,10 +141,11 @@ class LLM:
     def warn_of_not_finite(self) -> None:
         """Rank 0 names the tensors that hold NaN or infinity, once for all ranks. The run goes on."""
         names = list(dict.fromkeys(name for found in self.world.gather(self.not_finite) for name in found))
+        unquantized = "" if self.run.quant == "none" else " --quant none"
         if names and self.world.is_leader:
             self.say(
                 f"warning: {self.checkpoint.path} holds NaN or infinity in {listed(names)}: its answers are worth "
-                "nothing; download it again, or try --dtype fp32 if the file itself is whole"
+                f"nothing; download it again, or try --dtype fp32{unquantized} if the file itself is whole"
             )
 
     # ---- generation --------------------------------------------------------------------------------------------
@@ -234,7 +235,9 @@ class LLM:
         """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room."""
         batch_size, seq_len = shape
         mp, device, dtype = self.world.size, self.world.device, DTYPE_NAMES[self.dtype]
-        workload = Workload(dtype=dtype, batch_size=batch_size, seq_len=max(2, seq_len), device=device.type)
+        workload = Workload(
+            dtype=dtype, quant=self.run.quant, batch_size=batch_size, seq_len=max(2, seq_len), device=device.type
+        )
         if not self.run.force:
             room = free_room(device, self.world.local_size)
             check_fits(self.config, mp, workload, room, has_weights=self.model is not None)
