@@ -1,19 +1,22 @@
 """Bytes that the passes hold beside weights and cache, at their peak: what model.py and sampling.py keep alive at once.
 
 Letters as in model.py: N tokens of a pass, L positions attended, C model dimension, H query heads, K KV heads, D head
-dimension, F hidden dimension, V vocabulary; H, K and F are this rank's share; e bytes an element.
+dimension, F hidden dimension, V vocabulary; H, K and F are this rank's share; e bytes an element. On a CPU activations
+are fp32 whatever the weights are (kernels.py).
 """
 
 from typing import NamedTuple
 
+from llama_mp.chunks import QUANTIZE_ELEMENTS
 from llama_mp.config import ModelConfig
+from llama_mp.cores import has_fast_bf16
 from llama_mp.layout import heads_per_rank, padded
 
-FP32, INT64, COMPLEX64 = 4, 8, 8
+BF16, FP32, INT64, COMPLEX64 = 2, 4, 8, 8
 
 
 class Sizes(NamedTuple):
-    """What one rank computes with; `e` bytes an element."""
+    """What one rank computes with; `e` bytes an element, `c` one of the cache."""
 
     C: int
     H: int
@@ -23,9 +26,23 @@ class Sizes(NamedTuple):
     V: int  # of all ranks together, padding included
     mp: int
     e: int
+    c: int
+    on_cpu: bool
+
+    def product(self, num_tokens: int, num_in: int, num_out: int) -> int:
+        """Bytes beside the input of a product, its output among them (kernels.linear). Where it is made in bf16, input
+        and output are there in that type for a moment; where in fp32, some of the weight's rows and what they make."""
+        output = num_tokens * num_out * self.e
+        if self.c == self.e:
+            return output
+        if has_fast_bf16():
+            return num_tokens * num_out * BF16 + max(num_tokens * num_in * BF16, output)
+        num_rows = min(num_out, max(1, QUANTIZE_ELEMENTS["cpu"] // num_in))
+        return output + num_rows * (num_in + num_tokens) * FP32
 
 
-def sizes_of(config: ModelConfig, mp: int, element_bytes: int, hidden_unit: int = 1) -> Sizes:
+def sizes_of(config: ModelConfig, mp: int, element_bytes: int, hidden_unit: int = 1, *, on_cpu: bool = False) -> Sizes:
+    """`element_bytes` of the weights and the cache, and, but on a CPU, of the activations."""
     num_kv, num_queries = heads_per_rank(config, mp)
     return Sizes(
         C=config.dim,
@@ -35,7 +52,9 @@ def sizes_of(config: ModelConfig, mp: int, element_bytes: int, hidden_unit: int 
         F=padded(config.hidden_dim, mp * hidden_unit) // mp,
         V=padded(config.vocab_size, mp),
         mp=mp,
-        e=element_bytes,
+        e=FP32 if on_cpu else element_bytes,
+        c=element_bytes,
+        on_cpu=on_cpu,
     )
 
 
@@ -48,10 +67,12 @@ def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
     """A pass over `num_tokens` tokens of one row, the last of them at position `length` - 1.
 
     From the second pass on a mask says what each token sees: bool [N, L], of which the kernels of attention make
-    numbers of type e. Keys and values are repeated for each query head where several share one."""
+    numbers of type e. Keys and values are made of type e where the cache is not, and repeated for each query head where
+    several share one."""
     mask = num_tokens * length if length > num_tokens else 0
+    widened = 2 * s.K * length * s.D * s.e if s.c < s.e else 0
     repeated = 2 * s.H * length * s.D * s.e if s.H > s.K else 0
-    attend = mask * s.e + repeated + num_tokens * s.H * s.D * s.e
+    attend = mask * s.e + widened + repeated + num_tokens * s.H * s.D * s.e
     return mask + max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
 
 
@@ -67,19 +88,21 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
     feed-forward part.
 
     Around each, the block's input, x after attention and the normed x are alive: C each. Over several ranks the last
-    sum, C, is let go late by the thread that made it.
+    sum, C, may be let go late by the thread that made it.
     Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result.
     Behind attention: q, k, v, the rotated q and k, attention's output H D and wo's C.
-    Feed-forward: w13's output 2F, silu(gate) F and its product F; then the product and w2's output C."""
-    qk = (s.H + s.K) * s.D
-    heads = (s.H + 2 * s.K) * s.D * s.e
-    rotate = qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
-    rotated = qk * s.e
-    attention = 2 * s.C * s.e + heads + max(rotate, rotated + (s.H * s.D + s.C) * s.e)
-    feed_forward = 3 * s.C * s.e + (3 * s.F + max(s.F, s.C)) * s.e
-    late = s.C * s.e if s.mp > 1 else 0
-    attending = num_tokens * (2 * s.C * s.e + heads + rotated + late) + attend
-    return max(num_tokens * (max(attention, feed_forward) + late), attending)
+    Feed-forward: w13's output 2F, of which SwiGLU makes F, on a GPU by way of silu(gate); then that F and w2's C."""
+    N, qk, fused = num_tokens, (s.H + s.K) * s.D, (s.H + 2 * s.K) * s.D
+    heads, rotated = N * fused * s.e, N * qk * s.e
+    rotate = N * qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
+    behind = heads + rotated + N * s.H * s.D * s.e + s.product(N, s.H * s.D, s.C)
+    attention = 2 * N * s.C * s.e + max(s.product(N, s.C, fused), heads + rotate, behind)
+    swiglu = N * (3 if s.on_cpu else 4) * s.F * s.e
+    down = N * s.F * s.e + s.product(N, s.F, s.C)
+    feed_forward = 3 * N * s.C * s.e + max(s.product(N, s.C, 2 * s.F), swiglu, down)
+    attending = 2 * N * s.C * s.e + heads + rotated + attend
+    late = N * s.C * s.e if s.mp > 1 else 0
+    return max(attention, feed_forward, attending) + late
 
 
 def choice_bytes(s: Sizes, batch_size: int) -> int:

@@ -48,10 +48,9 @@ def linear_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear_of_many(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`linear` by torch's products, for which some of the weight's rows at a time are made the type of the others."""
     dtype = torch.bfloat16 if x.device.type == "cpu" and has_fast_bf16() else x.dtype
-    factor = x.to(dtype)
     if weight.dtype is dtype:
-        return F.linear(factor, weight).to(x.dtype)
-    y = x.new_empty(len(x), len(weight))
+        return F.linear(x.to(dtype), weight).to(x.dtype)
+    factor, y = x.to(dtype), x.new_empty(len(x), len(weight))
     for rows in quant.chunks(weight, x.shape[1]):
         y[:, rows] = F.linear(factor, unpacked(weight[rows], x.shape[1], dtype))
     return y

@@ -71,7 +71,7 @@ def rank_memory(config: ModelConfig, mp: int, workload: Workload) -> RankMemory:
 
 def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """The table of rotations, and the larger of the last pass over a prompt as long as the row and of a step."""
-    sizes = sizes_of(config, mp, workload.element_bytes, hidden_unit(workload.quant))
+    sizes = sizes_of(config, mp, workload.element_bytes, hidden_unit(workload.quant), on_cpu=workload.device == "cpu")
     length = workload.seq_len
     num_tokens = min(PREFILL_CHUNK, length - 1)
     passes = (prefill_bytes(sizes, num_tokens, length - 1), decode_bytes(sizes, workload.batch_size, length))

@@ -10,6 +10,8 @@ import pytest
 import torch
 from ranks import Ranks
 
+import llama_mp.activations
+import llama_mp.kernels
 import llama_mp.model
 from llama_mp.activations import choice_bytes, prefill_bytes, rotation_bytes, sizes_of
 from llama_mp.cache import KVCache
@@ -56,7 +58,7 @@ def settled_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def peaks(name: str, dtype: str) -> dict[str, int] | None:
+def peaks(name: str, dtype: str, fast_bf16: bool) -> dict[str, int] | None:
     """In a rank: the peaks of the passes of a prompt, of the table of rotations and of a choice."""
     world = jobs.connect(jobs.RunConfig(device="cpu"))
     torch.set_num_threads(1)
@@ -65,7 +67,8 @@ def peaks(name: str, dtype: str) -> dict[str, int] | None:
     fill(model, {n: torch.rand(s.shape).to(kind) / 99 for n, s in run_time_shards(config, world.rank, mp).items()})
     cache = KVCache.allocate(config, mp, num_slots=4, max_seq_len=LENGTH, dtype=kind, device=CPU)
     rotations, runner = allocated(lambda: Runner(config, model, cache))
-    with patch.object(llama_mp.model, "reduce", settled_sum):
+    in_bf16 = patch.object(llama_mp.kernels, "has_fast_bf16", lambda: fast_bf16)
+    with in_bf16, patch.object(llama_mp.model, "reduce", settled_sum):
         runner.prefill([1, 2], slot=0, start=0, all_logits=False)  # what is made once, by the first pass
         first, _ = allocated(lambda: runner.prefill([7] * 400, slot=0, start=0, all_logits=False))
         second, _ = allocated(lambda: runner.prefill([7] * 200, slot=0, start=400, all_logits=False))
@@ -75,16 +78,20 @@ def peaks(name: str, dtype: str) -> dict[str, int] | None:
         return None
     rows = [Row(sampling=SamplingConfig(temperature=1.0, top_p=1.0), uniform=0.5)] * 4
     chosen, _ = allocated(lambda: sample(logits, rows))
-    return {"rotations": rotations, "first": first, "second": second, "choice": chosen + logits.numel() * kind.itemsize}
+    return {"rotations": rotations, "first": first, "second": second, "choice": chosen + logits.nbytes}
 
 
 @pytest.mark.parametrize("mp", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "fast_bf16"), [("fp32", False), ("bf16", False), ("bf16", True)])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_pass_holds_what_is_planned(ranks: Ranks, name: str, dtype: str, mp: int) -> None:
+def test_a_pass_holds_what_is_planned(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, fast_bf16: bool, mp: int
+) -> None:
+    """On machines whose cores multiply bf16 and on others."""
+    monkeypatch.setattr(llama_mp.activations, "has_fast_bf16", lambda: fast_bf16)
     config = MODELS[name]
-    found = ranks.run(mp, peaks, name=name, dtype=dtype)[0]
-    sizes = sizes_of(config, mp, DTYPES[dtype].itemsize)
+    found = ranks.run(mp, peaks, name=name, dtype=dtype, fast_bf16=fast_bf16)[0]
+    sizes = sizes_of(config, mp, DTYPES[dtype].itemsize, on_cpu=True)
     for peak, num_tokens, length in ((found["first"], 400, 400), (found["second"], 200, 600)):
         planned = prefill_bytes(sizes, num_tokens, length)
         late = num_tokens * config.dim * sizes.e if mp > 1 else 0  # by how long the sum stays is chance
