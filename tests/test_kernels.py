@@ -1,54 +1,102 @@
-"""The compiled matrix product against torch in fp64, and how it is built."""
+"""The compiled matrix products against torch in fp64, and how they are built."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from llama_mp import kernels
+from llama_mp import kernels, quant
+from llama_mp.compiled import library_of
+from llama_mp.cores import cpu_features
+
+Pack = Callable[[torch.Tensor], torch.Tensor]
+PACKS: dict[str, Pack] = {
+    "bf16": lambda weight: weight.bfloat16(),
+    "int8": lambda weight: quant.pack(weight, "int8"),
+    "int4": lambda weight: quant.pack(weight, "int4"),
+}
+SHAPES = [(1, 2), (3, 8), (5, 34), (16, 64), (96, 576), (331, 130), (7, 4096), (50, 1000)]
 
 
-@pytest.mark.parametrize("num_rows", [1, 2])
-@pytest.mark.parametrize(("rows", "cols"), [(1, 2), (3, 8), (4, 64), (5, 34), (96, 576), (331, 130), (7, 4096)])
-def test_equals_the_product_in_fp64(num_rows: int, rows: int, cols: int) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    weight = torch.randn(rows, cols, generator=generator).bfloat16()
-    x = torch.randn(num_rows, cols, generator=generator).bfloat16()
-    exact = x.double() @ weight.double().T
-    found = kernels.linear(x, weight)
-    assert kernels.load_kernels() is not None
-    assert found.dtype is torch.bfloat16
-    # One rounding to bf16 (8 bits), and fp32 sums before it.
-    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4 * cols**0.5)
+@pytest.fixture(params=["x86-64", "x86-64-v3", "native"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels as built for a machine with neither AVX2 nor AVX-512, for one with AVX2, and for this one."""
+    option = f"-march={request.param}"
+    if request.param == "x86-64-v3" and not {"avx2", "fma"} <= cpu_features():
+        pytest.skip("this machine has no AVX2")
+    monkeypatch.setattr(kernels, "NATIVE", option)
+    kernels.load_kernels.cache_clear()
+    assert kernels.load_kernels() is library_of(kernels.SOURCE, option)
+    yield request.param
+    kernels.load_kernels.cache_clear()
 
 
-def test_rows_do_not_depend_on_each_other() -> None:
-    weight, x = torch.randn(50, 64).bfloat16(), torch.randn(2, 64).bfloat16()
-    together = kernels.linear(x, weight)
-    assert all(torch.equal(together[i : i + 1], kernels.linear(x[i : i + 1], weight)) for i in range(2))
+def exact(packed: torch.Tensor, num_cols: int) -> torch.Tensor:
+    return packed.double() if packed.is_floating_point() else quant.dequantize(packed, num_cols, torch.float32).double()
 
 
-def test_rounds_to_nearest_even_and_keeps_what_is_not_finite() -> None:
-    values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1.0, 3.3e38, float("inf"), float("nan")])
-    high = values.bfloat16()
-    low = (values - high.float()).nan_to_num(0.0, 0.0, 0.0).bfloat16()
-    weight = torch.stack([high, low], dim=1)  # high + low is the value, exactly
-    found = kernels.linear(torch.ones(1, 2, dtype=torch.bfloat16), weight)[0]
-    expected = (weight.float().sum(1)).bfloat16()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("kind", PACKS)
+def test_equals_the_product_in_fp64(machine: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, cols in SHAPES:
+        packed = PACKS[kind](torch.randn(rows, cols, generator=generator))
+        for num_rows in (1, 2, 3, 5, kernels.MAX_ROWS):
+            x = torch.randn(num_rows, cols, generator=generator)
+            expected = x.double() @ exact(packed, cols).T
+            found = kernels.linear(x, packed)
+            assert found.dtype is torch.float32
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6 * cols)
+
+
+@pytest.mark.parametrize("kind", PACKS)
+def test_rows_do_not_depend_on_each_other(machine: str, kind: str) -> None:
+    weight, x = PACKS[kind](torch.randn(50, 70)), torch.randn(kernels.MAX_ROWS, 70)
+    for count in range(1, kernels.MAX_ROWS + 1):
+        together = kernels.linear(x[:count], weight)
+        assert all(torch.equal(together[i : i + 1], kernels.linear(x[i : i + 1], weight)) for i in range(count))
+
+
+@pytest.mark.parametrize("fast_bf16", [False, True])
+@pytest.mark.parametrize("kind", PACKS)
+def test_many_rows(machine: str, monkeypatch: pytest.MonkeyPatch, kind: str, fast_bf16: bool) -> None:
+    """By torch's products, with the weight unpacked some rows at a time."""
+    monkeypatch.setattr(kernels, "has_fast_bf16", lambda: fast_bf16)
+    monkeypatch.setattr(quant, "QUANTIZE_ELEMENTS", {"cpu": 1000})
+    weight, x = PACKS[kind](torch.randn(77, 100)), torch.randn(kernels.MAX_ROWS + 1, 100)
+    found, expected = kernels.linear(x, weight), x.double() @ exact(weight, 100).T
+    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert found.dtype is torch.float32
+    assert error < (1e-2 if fast_bf16 else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_unpacks_as_quant_does(machine: str, kind: str) -> None:
+    for cols in (2, 70, 96, 1000):
+        packed = PACKS[kind](torch.randn(9, cols))
+        expected = quant.dequantize(packed, cols, torch.float32)
+        torch.testing.assert_close(kernels.unpacked(packed, cols, torch.float32), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_are_not_finite_show() -> None:
+    weight = torch.ones(4, 64).bfloat16()
+    weight[0, 3], weight[1, 5], weight[2, 7] = float("nan"), float("inf"), float("-inf")
+    found = kernels.linear(torch.ones(1, 64), weight)[0]
+    assert found.isnan().tolist() == [True, False, False, False]
+    assert found[1:].tolist() == [float("inf"), float("-inf"), 64.0]
 
 
 def test_takes_views_that_are_not_contiguous() -> None:
-    x = torch.randn(2, 128).bfloat16()[:, ::2]
+    x = torch.randn(2, 128)[:, ::2]
     weight = torch.randn(16, 64).bfloat16()
-    torch.testing.assert_close(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight), rtol=0, atol=0)
+    assert torch.equal(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_types_are_torchs(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_the_same_type_are_torchs(dtype: torch.dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.randn(4, 8).to(dtype)
     assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
 
@@ -56,8 +104,8 @@ def test_other_types_are_torchs(dtype: torch.dtype) -> None:
 SCRIPT = """
 import torch
 from llama_mp import kernels
-kernels.linear(torch.ones(1, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16))
-print(kernels.linear(torch.ones(1, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16)).tolist())
+kernels.linear(torch.ones(1, 4), torch.ones(2, 4, dtype=torch.bfloat16))
+print(kernels.linear(torch.ones(1, 4), torch.ones(2, 4, dtype=torch.bfloat16)).tolist())
 """
 
 

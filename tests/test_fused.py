@@ -1,0 +1,89 @@
+"""The steps between the matrix products as fused.c computes them, against torch's."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama_mp import fused
+from llama_mp.compiled import library_of
+from llama_mp.config import ModelConfig
+from llama_mp.cores import cpu_features
+from llama_mp.rope import rotate, rotation_table
+
+
+@pytest.fixture(autouse=True, params=["x86-64", "x86-64-v3", "native"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As built for a machine with neither AVX2 nor AVX-512, for one with AVX2, and for this one."""
+    if request.param == "x86-64-v3" and not {"avx2", "fma"} <= cpu_features():
+        pytest.skip("this machine has no AVX2")
+    monkeypatch.setattr(fused, "NATIVE", f"-march={request.param}")
+    fused.load_steps.cache_clear()
+    assert fused.load_steps() is library_of(fused.SOURCE, f"-march={request.param}")
+    yield
+    fused.load_steps.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [2, 16, 70, 576])
+def test_norm(dtype: torch.dtype, dim: int) -> None:
+    x, weight = torch.randn(3, dim) * 5, torch.randn(dim).to(dtype)
+    expected = F.rms_norm(x.double(), (dim,), weight.double(), 1e-5)
+    torch.testing.assert_close(fused.rms_norm(x, weight, 1e-5).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden_dim", [1, 16, 70, 50_000])
+def test_swiglu(hidden_dim: int) -> None:
+    x = torch.randn(3, 2 * hidden_dim) * 10
+    x[0, 0], x[1, 0], x[2, 0] = -200, 200, float("nan")
+    gate, up = x.double().chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    torch.testing.assert_close(fused.swiglu(x).double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (9, 3, 6), (8, 1, 128)])
+def test_attention_of_rows_at_their_own_positions(
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    length, positions = 200, torch.tensor([0, 63, 64, 150])
+    keys, values = (torch.randn(6, length, num_kv_heads, head_dim).to(dtype) for _ in "kv")
+    heads = torch.randn(4, num_heads + 2 * num_kv_heads, head_dim)
+    shape = {"num_layers": 1, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "hidden_dim": 8, "vocab_size": 9}
+    config = ModelConfig(name="a", dim=num_heads * head_dim, head_dim=head_dim, **shape)
+    rotations = rotation_table(config, length, torch.device("cpu"))[positions].unsqueeze(1)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected = by_torch(heads, rotations, expected_keys, expected_values, positions)
+    found = fused.attend(heads, rotations, keys[:4], values[:4], positions)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(keys, expected_keys, rtol=2**-8, atol=1e-6)  # stored in place, beside nothing else
+    assert torch.equal(values, expected_values)
+    for row in range(4):  # each row as if it were alone
+        one = slice(row, row + 1)
+        alone = fused.attend(heads[one], rotations[one], keys[one], values[one], positions[one])
+        assert torch.equal(alone, found[one])
+
+
+def by_torch(
+    heads: torch.Tensor, rotations: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    num_kv_heads = keys.shape[2]
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k = rotate(q, rotations), rotate(k, rotations)
+    found = []
+    for row, position in enumerate(positions.tolist()):
+        keys[row, position], values[row, position] = k[row], v[row]
+        seen = [x[row, : position + 1].float().repeat_interleave(num_heads // num_kv_heads, 1) for x in (keys, values)]
+        k_HLD, v_HLD = (x.transpose(0, 1) for x in seen)
+        found.append(F.scaled_dot_product_attention(q[row].unsqueeze(1), k_HLD, v_HLD).squeeze(1))
+    return torch.stack(found)
+
+
+def test_keys_that_are_not_finite_show() -> None:
+    keys, values = torch.zeros(1, 8, 1, 4), torch.ones(1, 8, 1, 4)
+    keys[0, 2, 0, 1] = float("nan")
+    rotations = torch.ones(1, 1, 2, dtype=torch.complex64)
+    found = fused.attend(torch.ones(1, 3, 4), rotations, keys, values, torch.tensor([5]))
+    assert found.isnan().all()
