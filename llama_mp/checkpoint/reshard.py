@@ -22,7 +22,7 @@ from llama_mp.checkpoint.sink import Sink
 from llama_mp.checkpoint.source import Source
 from llama_mp.checkpoint.write import FolderWriter
 from llama_mp.cores import num_threads
-from llama_mp.errors import RequestError, RunError
+from llama_mp.errors import RequestError, RunError, counted
 from llama_mp.hf_config import hf_config_of
 from llama_mp.locate import Checkpoint, checkpoint_at
 from llama_mp.params_json import read_object
@@ -184,10 +184,6 @@ class Job:
         continued = f"; {num_continued} of {len(self.dtypes)} tensors were there already" if num_continued else ""
         checked = "; equal to the input" if self.flags.check else ""
         return f"{self.flags.output}: {counted(len(self.sink.sizes), 'file')} of weights, {rate}{continued}{checked}"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def hashing_rate() -> float:
