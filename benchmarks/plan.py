@@ -21,9 +21,10 @@ from machine import environment, keep
 from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig, load_size
+from llama_mp.dtypes import DTYPES
 from llama_mp.engine import Engine
 from llama_mp.layout import Span, fuse, shards
-from llama_mp.machine import DTYPES, PeakMemory
+from llama_mp.machine import PeakMemory
 from llama_mp.memory import RankMemory, Workload, rank_memory
 from llama_mp.model import build, fill
 from llama_mp.parallel import World, connect

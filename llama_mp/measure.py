@@ -12,11 +12,11 @@ from llama_mp import bench, records
 from llama_mp.bench import BenchFlags
 from llama_mp.ceiling import Ceiling, measure_ceiling
 from llama_mp.config import SamplingConfig
+from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Stats
 from llama_mp.files import json_bytes, write_whole
 from llama_mp.llm import LLM
 from llama_mp.locate import Checkpoint
-from llama_mp.machine import DTYPE_NAMES
 from llama_mp.memory import kv_cache_bytes
 from llama_mp.parallel import World, connect
 from llama_mp.records import RecordConfig

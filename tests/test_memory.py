@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.config import ModelConfig, load_size, size_names
+from llama_mp.dtypes import DTYPES
 from llama_mp.errors import RequestError
 from llama_mp.layout import fuse, global_shapes, heads_per_rank, padded, shards
 from llama_mp.memory import (
@@ -29,7 +30,6 @@ from llama_mp.memory import (
 )
 
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def test_each_dtype_has_its_size() -> None:

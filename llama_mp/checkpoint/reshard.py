@@ -22,6 +22,7 @@ from llama_mp.checkpoint.sink import Sink
 from llama_mp.checkpoint.source import Source
 from llama_mp.checkpoint.write import FolderWriter
 from llama_mp.cores import num_threads
+from llama_mp.dtypes import DTYPES, torch_name
 from llama_mp.errors import RequestError, RunError, counted
 from llama_mp.hf_config import hf_config_of
 from llama_mp.locate import Checkpoint, checkpoint_at
@@ -32,7 +33,6 @@ from llama_mp.reshard_request import ReshardFlags, request_of
 from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_export import tokenizer_folder
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HASHING_SHARE = 0.5  # of the processors' time, beside reading, cutting and writing (benchmarks/reshard.py)
 TOKENIZER_BYTES = 50 * 10**6  # of memory while it is written anew
 PROBE_BYTES = 32 << 20
@@ -217,7 +217,7 @@ def hugging_face_config(
 ) -> dict[str, Any]:
     """The config.json of the output: the input's, where it has one, with the type of the weights."""
     types = {dtypes[name] for name in source.names() if len(source.shape(name)) == 2}
-    dtype = str(types.pop() if len(types) == 1 else torch.float32).removeprefix("torch.")
+    dtype = torch_name(types.pop() if len(types) == 1 else torch.float32)
     if checkpoint.kind == "hf":
         values = read_object(checkpoint.path / "config.json")
         return values | {"dtype" if "dtype" in values else "torch_dtype": dtype}
