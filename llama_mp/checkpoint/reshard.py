@@ -110,7 +110,7 @@ class Job:
         self.check_space()
         request = request_of(self.flags, self.checkpoint)
         with Partial(self.flags.output, request, overwrite=self.flags.overwrite) as folder:
-            writer = FolderWriter(folder, self.source, self.sink, num_threads(), on_progress)
+            writer = FolderWriter(folder, self.source, self.sink, on_progress)
             writer.write(self.small_files, self.header)
             if self.flags.check:
                 self.check(folder.path)
