@@ -41,7 +41,8 @@ PROBE_BYTES = 32 << 20
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is to be written, and from what. `dtypes`: of each tensor. `small_files`: those beside the weights.
-    `header`: what the manifest begins with. `without_tokenizer`: why the output has none."""
+    `request`: what decides every byte of it. `header`: what the manifest begins with. `without_tokenizer`: why the
+    output has none."""
 
     flags: ReshardFlags
     checkpoint: Checkpoint
@@ -49,6 +50,7 @@ class Job:
     sink: Sink
     dtypes: Mapping[str, torch.dtype]
     small_files: Mapping[str, bytes]
+    request: Mapping[str, Any]
     header: Mapping[str, Any]
     without_tokenizer: str | None
 
@@ -63,7 +65,8 @@ class Job:
             files = tokenizer_folder(checkpoint.tokenizer, checkpoint.path, hugging_face=flags.format == "hf")
         except RequestError as error:  # the weights are none the worse for it
             without_tokenizer = str(error)
-        header = request_of(flags, checkpoint) | {"source_path": str(checkpoint.path.absolute())}
+        request = request_of(flags, checkpoint)
+        header = request | {"source_path": str(checkpoint.path.absolute())}
         if flags.format == "hf":
             config_json = hugging_face_config(checkpoint, source, dtypes, tokenizer)
             sink: Sink = HFSink(source.config, dtypes, config_json)
@@ -79,6 +82,7 @@ class Job:
             sink=sink,
             dtypes=dtypes,
             small_files=files | sink.small_files(),
+            request=request,
             header=header,
             without_tokenizer=without_tokenizer,
         )
@@ -105,11 +109,10 @@ class Job:
     def run(self, on_progress: OnProgress | None = None) -> int:
         """Write the folder, continuing what a run of the same request began; how many tensors were whole already.
 
-        Raises RunError when the disk is full, when a number
-        does not fit the type asked for, and when what was written is not what was read."""
+        Raises RunError when the disk is full, when a number does not fit the type asked for, and when what was written
+        is not what was read."""
         self.check_space()
-        request = request_of(self.flags, self.checkpoint)
-        with Partial(self.flags.output, request, overwrite=self.flags.overwrite) as folder:
+        with Partial(self.flags.output, self.request, overwrite=self.flags.overwrite) as folder:
             writer = FolderWriter(folder, self.source, self.sink, on_progress)
             writer.write(self.small_files, self.header)
             if self.flags.check:
