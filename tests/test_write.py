@@ -143,16 +143,16 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from llama_mp.checkpoint.reshard import Job
-from llama_mp.machine import PeakMemory, private_bytes
+from llama_mp.machine import PeakMemory
 from llama_mp.reshard_request import ReshardFlags, check_request
 source, chain = Path(sys.argv[1]), Path(sys.argv[2])
 for name, flags in [("mp2", {"mp": 2}), ("mp3", {"mp": 3}), ("hf", {"format": "hf"})]:
-    before, peak = private_bytes(), PeakMemory(torch.device("cpu"))
+    peak = PeakMemory(torch.device("cpu"))
     flags = ReshardFlags(input=source, output=chain / name, **flags)
     job = Job.open(flags, check_request(flags))
     job.run()
     largest = max(piece.num_bytes for pieces in job.sink.pieces.values() for piece in pieces)
-    print(f"[{peak.read() - before}, {largest}, {job.memory_bytes}]")
+    print(f"[{peak.read()}, {largest}, {job.memory_bytes}]")
     peak.close()
     source = chain / name
 """
