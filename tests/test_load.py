@@ -212,39 +212,27 @@ def test_blocks_shared_by_two_ranks_cost_little_at_7b(tmp_path: Path, monkeypatc
 # ---- memory held -----------------------------------------------------------------------------------------------
 
 LOADS_ONE_RANK = """
-import json, sys, threading, time
+import json, sys
 from pathlib import Path
+from unittest.mock import Mock
 import torch
+from llama_mp import machine
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.layout import fuse, shards
 from llama_mp.locate import Checkpoint, config_of, files_of
 
-def private_bytes():
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
-
-def sample():
-    while not done.is_set():
-        samples.append(private_bytes())
-        time.sleep(0.001)
-
 path = Path(sys.argv[1])
 torch.set_num_threads(1)
-baseline, samples, done = private_bytes(), [], threading.Event()
-sampler = threading.Thread(target=sample)
-sampler.start()
+machine.SAMPLE_S, machine.private_bytes = 0.001, Mock(wraps=machine.private_bytes)
+peak = machine.PeakMemory(torch.device("cpu"))
 kind, files = files_of(path)
 config = config_of(path, kind, files)
 source = open_source(Checkpoint(path=path, kind=kind, files=files, config=config, tokenizer=path))
 wanted = fuse(shards(source.config, 0, 2))
-parameters = {}
-for name, parameter in load_shards(wanted, source, dtype=torch.bfloat16, device=torch.device("cpu")):
-    parameters[name] = parameter
-    samples.append(private_bytes())
-done.set()
-sampler.join()
+parameters = dict(load_shards(wanted, source, dtype=torch.bfloat16, device=torch.device("cpu")))
+num_samples = machine.private_bytes.call_count
 own = sum(parameter.nbytes for parameter in parameters.values())
-print(json.dumps({"own": own, "peak": max(samples) - baseline, "num_samples": len(samples)}))
+print(json.dumps({"own": own, "peak": peak.read(), "num_samples": num_samples}))
 """
 
 

@@ -153,27 +153,18 @@ def test_every_method_says_how_far_it_is(
 
 
 HOLDS_LITTLE = """
-import json, sys, threading, time
+import json, sys
 from pathlib import Path
+from unittest.mock import Mock
 import torch
+from llama_mp import machine
 from llama_mp.checkpoint.verify import VerifyFlags, verify
 
-def private_bytes():
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
-
-def sample():
-    while not done.is_set():
-        samples.append(private_bytes())
-        time.sleep(0.001)
-
-baseline, samples, done = private_bytes(), [], threading.Event()
-sampler = threading.Thread(target=sample)
-sampler.start()
+machine.SAMPLE_S, machine.private_bytes = 0.001, Mock(wraps=machine.private_bytes)
+peak = machine.PeakMemory(torch.device("cpu"))
 report = verify(VerifyFlags(path=Path(sys.argv[1]), against=Path(sys.argv[2])))
-done.set()
-sampler.join()
-print(json.dumps({"failure": report.failure, "peak": max(samples) - baseline, "num_samples": len(samples)}))
+num_samples = machine.private_bytes.call_count
+print(json.dumps({"failure": report.failure, "peak": peak.read(), "num_samples": num_samples}))
 """
 
 
