@@ -153,8 +153,12 @@ def memory_of(llm: LLM) -> dict[str, int]:
     return {"peak_memory_bytes": peak, "planned_memory_bytes": llm.planned.allocated_bytes}
 
 
-def record_run(llm: LLM, flags: RecordConfig) -> None:
-    """After any verb's run, on every rank: write the record that --record asks for, unless nothing was computed."""
+def end_run(llm: LLM, flags: RecordConfig) -> None:
+    """After a verb's run, on every rank: say how it went, and write the record that --record asks for, unless nothing
+    was computed."""
+    said = summary(llm)
+    if llm.world.is_leader:
+        print(said, file=sys.stderr)
     if flags.record is not None and llm.shape != (0, 0):
         memory = memory_of(llm)
         if llm.world.is_leader:
