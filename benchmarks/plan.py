@@ -52,7 +52,8 @@ CONFIGURATIONS = [
 
 
 class RandomSource:
-    """A checkpoint of random numbers: what is read is a view of one block, as of a mapped file."""
+    """A checkpoint of random numbers: what is read is a view of one block, as of a mapped file. That of
+    llama_mp/checkpoint/random.py makes what is read, and the peak was 5 to 12 MB higher for it."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.block = torch.rand(1, max(config.hidden_dim, config.vocab_size, config.dim), dtype=dtype) / 64
