@@ -34,7 +34,7 @@ from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_export import tokenizer_folder
 
 HASHING_SHARE = 0.5  # of the processors' time, beside reading, cutting and writing (benchmarks/reshard.py)
-TOKENIZER_BYTES = 50 * 10**6  # of memory while it is written anew
+TOKENIZER_BYTES = 110 * 10**6  # of memory to read it and write it anew: 80 to 90 MB for 49152 tokens in JSON
 PROBE_BYTES = 32 << 20
 
 
@@ -155,8 +155,9 @@ class Job:
 
     @property
     def memory_bytes(self) -> int:
-        """A chunk as it is read, in its new type, and cut; dequantizing makes some more of it. And the tokenizer."""
-        return TOKENIZER_BYTES + CHUNK_ELEMENTS * 4 * (8 if self.is_quantized else 3)
+        """A chunk as it is read, in its new type, cut and hashed; dequantizing makes some more of it. And the
+        tokenizer, which is most of it."""
+        return TOKENIZER_BYTES + CHUNK_ELEMENTS * 4 * (8 if self.is_quantized else 5)
 
     @property
     def is_quantized(self) -> bool:
