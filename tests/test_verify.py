@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import held
 import pytest
 import torch
 from damage import change, checked, exchange, faults, flip, meta, ranges_of, whole_line, write_manifest
@@ -18,6 +19,7 @@ from factory import (
     write_hf,
     write_meta,
 )
+from ranks import alone
 from running import ROOT, run
 
 from llama_mp import progress
@@ -152,29 +154,12 @@ def test_every_method_says_how_far_it_is(
     assert lines_of_a_check() == (3 * (21 + 1) + 1, 0)  # and what lies around them; params.json
 
 
-HOLDS_LITTLE = """
-import json, sys
-from pathlib import Path
-from unittest.mock import Mock
-import torch
-from llama_mp import machine
-from llama_mp.checkpoint.verify import VerifyFlags, verify
-
-machine.SAMPLE_S, machine.private_bytes = 0.001, Mock(wraps=machine.private_bytes)
-peak = machine.PeakMemory(torch.device("cpu"))
-report = verify(VerifyFlags(path=Path(sys.argv[1]), against=Path(sys.argv[2])))
-num_samples = machine.private_bytes.call_count
-print(json.dumps({"failure": report.failure, "peak": peak.read(), "num_samples": num_samples}))
-"""
-
-
 def test_little_memory_is_held_whatever_the_size(tmp_path: Path) -> None:
     """Private memory, because the mapped files' pages are the kernel's to drop."""
     config = replace(MODELS["mha"], dim=1024, head_dim=128, hidden_dim=2816, num_layers=3, vocab_size=16000)
     tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in global_shapes(config).items()}
     one, three = (write_meta(tmp_path / str(mp), config, tensors, mp) for mp in (1, 3))
-    command = [sys.executable, "-c", HOLDS_LITTLE, one, three]
-    measured = json.loads(run(*command).stdout)
+    measured = alone(held.verifying, one, three)
     assert measured["failure"] is None and measured["num_samples"] > 10
     assert measured["peak"] < 30e6 < sum(tensor.nbytes for tensor in tensors.values()) / 3
 

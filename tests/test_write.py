@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import held
 import pytest
 import torch
 from factory import MODELS, random_tensors, write_meta
+from ranks import alone
 from test_reshard import reshard
 
 from llama_mp import LLM
@@ -139,46 +141,28 @@ def test_a_full_disk_leaves_what_the_next_run_finishes(source: Path, tmp_path: P
     assert contents(tmp_path / "copy") == contents(reshard(source, tmp_path / "expected", mp=3))
 
 
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from llama_mp.checkpoint.reshard import Job
-from llama_mp.machine import PeakMemory
-from llama_mp.reshard_request import ReshardFlags, check_request
-source, chain = Path(sys.argv[1]), Path(sys.argv[2])
-for name, flags in [("mp2", {"mp": 2}), ("mp3", {"mp": 3}), ("hf", {"format": "hf"})]:
-    peak = PeakMemory(torch.device("cpu"))
-    flags = ReshardFlags(input=source, output=chain / name, **flags)
-    job = Job.open(flags, check_request(flags))
-    job.run()
-    largest = max(piece.num_bytes for pieces in job.sink.pieces.values() for piece in pieces)
-    print(f"[{peak.read()}, {largest}, {job.memory_bytes}]")
-    peak.close()
-    source = chain / name
-"""
-
-
 @pytest.fixture(scope="module")
-def chain(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def chain(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list]]:
     """SmolLM2 from its GGUF file to 2 shards, from these to 3, from these to Hugging Face; what each took."""
-    folder = tmp_path_factory.mktemp("chain")
-    command = [sys.executable, "-c", MEASURE, smollm2_file, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    yield folder, done.stdout
+    folder, source, taken = tmp_path_factory.mktemp("chain"), smollm2_file, []
+    for name, flags in [("mp2", {"mp": 2}), ("mp3", {"mp": 3}), ("hf", {"format": "hf"})]:
+        taken.append(alone(held.resharding, source, folder / name, **flags))
+        source = folder / name
+    yield folder, taken
     shutil.rmtree(folder)  # 1.6 GB
 
 
-def test_memory_does_not_grow_with_the_checkpoint(chain: tuple[Path, str]) -> None:
+def test_memory_does_not_grow_with_the_checkpoint(chain: tuple[Path, list]) -> None:
     """SmolLM2 in fp32 is 0.54 GB; at most 0.1 GB and twice the largest tensor of a shard are allowed."""
-    for taken, largest, announced in map(json.loads, chain[1].splitlines()):
+    for taken, largest, announced in chain[1]:
         assert taken <= 100e6 + 2 * largest
         assert taken <= announced + 10e6
 
 
-def test_the_answer_is_the_same_from_each(chain: tuple[Path, str], smollm2_file: Path) -> None:
+def test_the_answer_is_the_same_from_each(chain: tuple[Path, list]) -> None:
+    """Of the two formats: what is in the first folder is in the second, which was read from it."""
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    for path in (smollm2_file, *(chain[0] / name for name in ("mp2", "mp3", "hf"))):
+    for path in (chain[0] / "mp3", chain[0] / "hf"):
         with LLM(path, dtype="fp32") as llm:
             [answer] = llm.generate([question], temperature=0.0, max_gen_len=16)
         assert answer["completion"] == "The capital of France is Paris.", path
