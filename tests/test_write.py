@@ -13,6 +13,7 @@ import pytest
 import torch
 from factory import MODELS, random_tensors, write_meta
 from ranks import alone
+from running import infer
 from test_reshard import reshard
 
 from llama_mp import LLM
@@ -161,8 +162,9 @@ def test_memory_does_not_grow_with_the_checkpoint(chain: tuple[Path, list]) -> N
 
 def test_the_answer_is_the_same_from_each(chain: tuple[Path, list]) -> None:
     """Of the two formats: what is in the first folder is in the second, which was read from it."""
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    for path in (chain[0] / "mp3", chain[0] / "hf"):
-        with LLM(path, dtype="fp32") as llm:
-            [answer] = llm.generate([question], temperature=0.0, max_gen_len=16)
-        assert answer["completion"] == "The capital of France is Paris.", path
+    question, answer = "What is the capital of France?", "The capital of France is Paris."
+    done = infer("--ckpt_dir", chain[0] / "mp3", "--mp", "3", "--chat", "--temperature", "0", "--prompt", question)
+    assert (done.code, done.stdout) == (0, answer + "\n"), done
+    with LLM(chain[0] / "hf", dtype="fp32") as llm:
+        [found] = llm.generate([[{"role": "user", "content": question}]], temperature=0.0, max_gen_len=16)
+    assert found["completion"] == answer
