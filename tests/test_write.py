@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import held
 import pytest
@@ -36,9 +37,9 @@ def run(script: str, *arguments: object) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_killed_at_random_moments_and_finished_each_time(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
-    reports = run("killed.py", source, tmp_path / "work", 28)
+def test_killed_at_random_moments_and_finished_each_time(source: Path) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as folder:  # in memory: a kill of the process loses nothing there either
+        reports = run("killed.py", source, folder, 28)
     assert len(reports) == 28
     for report in reports:
         assert report["killed"] == -9 and report["finished"] == 0, report
