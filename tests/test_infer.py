@@ -86,7 +86,8 @@ def test_the_default_model_answers_a_pipe_under_torchrun():
     assert_answers(torchrun(3, INFER, "--chat", "--temperature", "0", text=QUESTION + "\n"))
 
 
-def test_one_answer_streams_as_utf8():
+def test_one_answer_streams_as_utf8(monkeypatch):
+    monkeypatch.setenv("LLAMA_MP_THREADS", "1")  # as the command has it, for the same bits
     prompt = "Caf\u00e9 \U0001f600 means"
     flags = ["--prompt", prompt, "--echo", "--max_gen_len", "40", "--temperature", "0"]
     started = start(sys.executable, INFER, *flags, LC_ALL="C", LANG="C")
