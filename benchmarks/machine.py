@@ -1,10 +1,7 @@
 """What every benchmark says of the machine, because a figure is worth nothing without it."""
 
 import json
-import os
-import platform
 import sys
-from datetime import date
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +10,9 @@ import torch
 from torch.distributed import HashStore
 
 from llama_mp.ceiling import make_block, together
+from llama_mp.cores import cores_at_hand
 from llama_mp.parallel import World
+from llama_mp.records import cpu_name, today
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,11 +26,9 @@ def memory_read_rate() -> float:
 
 def environment(*peers: ModuleType) -> dict[str, Any]:
     """Date, machine, versions (torch's and the peers') and command."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
     return {
-        "date": date.today().isoformat(),
-        "machine": f"{', '.join(sorted(models)) or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "date": today(),
+        "machine": f"{cpu_name()}, {cores_at_hand()} cores",
         "threads": torch.get_num_threads(),
         "versions": {package.__name__: package.__version__ for package in (torch, *peers)},
         "command": " ".join(["python", *sys.argv]),

@@ -21,9 +21,10 @@ from machine import environment, keep
 from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig, load_size
+from llama_mp.dtypes import DTYPES
 from llama_mp.engine import Engine
 from llama_mp.layout import Span, fuse, shards
-from llama_mp.machine import DTYPES, PeakMemory
+from llama_mp.machine import PeakMemory
 from llama_mp.memory import RankMemory, Workload, rank_memory
 from llama_mp.model import build, fill
 from llama_mp.parallel import World, connect
@@ -51,7 +52,8 @@ CONFIGURATIONS = [
 
 
 class RandomSource:
-    """A checkpoint of random numbers: what is read is a view of one block, as of a mapped file."""
+    """A checkpoint of random numbers: what is read is a view of one block, as of a mapped file. That of
+    llama_mp/checkpoint/random.py makes what is read, and the peak was 5 to 12 MB higher for it."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.block = torch.rand(1, max(config.hidden_dim, config.vocab_size, config.dim), dtype=dtype) / 64

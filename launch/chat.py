@@ -7,7 +7,6 @@ Examples:
 """
 
 import os
-import sys
 
 from llama_mp import cli
 from llama_mp.chat import Chat, ChatFlags
@@ -32,7 +31,7 @@ def main(flags: ChatFlags) -> int:
 def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
     """One rank's part; rank 0 has the chat."""
     from llama_mp.llm import LLM
-    from llama_mp.measure import record_run, summary
+    from llama_mp.measure import end_run
     from llama_mp.parallel import connect
 
     world = connect(flags)
@@ -43,10 +42,7 @@ def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
         else:
             chat.hold(llm.stream)
             llm.dismiss()
-        said = summary(llm)
-        if world.is_leader:
-            print(said, file=sys.stderr)
-        record_run(llm, flags)
+        end_run(llm, flags)
     return 0
 
 

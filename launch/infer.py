@@ -7,7 +7,6 @@ Examples:
 """
 
 import os
-import sys
 
 from llama_mp import cli
 from llama_mp.batch import Batch, InferFlags
@@ -37,7 +36,7 @@ def main(flags: InferFlags) -> int:
 def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
     """One rank's part; rank 0 has the batch."""
     from llama_mp.llm import LLM
-    from llama_mp.measure import record_run, summary
+    from llama_mp.measure import end_run
     from llama_mp.parallel import connect
 
     world = connect(flags)
@@ -50,10 +49,7 @@ def run(flags: InferFlags, checkpoint: Checkpoint, batch: Batch | None) -> int:
             llm.follow()
         else:
             batch.show(llm.stream(batch.answers))
-        said = summary(llm)
-        if world.is_leader:
-            print(said, file=sys.stderr)
-        record_run(llm, flags)
+        end_run(llm, flags)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from llama_mp.answer import Answer, Codec
 from llama_mp.config import DrawingConfig, RunConfig, SamplingConfig
 from llama_mp.conversation import Conversation, Message
-from llama_mp.errors import RequestError, did_you_mean
+from llama_mp.errors import RequestError, counted, did_you_mean
 from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
 from llama_mp.prompts import Prompt
@@ -88,14 +88,14 @@ class Chat:
         else:
             path = Path(os.path.expanduser(argument))
             (self.conversation.save if command == "/save" else self.conversation.load)(path)
-            turns = len(self.conversation.turns) // 2
-            say(f"{path}: {turns} turn{'s' * (turns != 1)} {'saved' if command == '/save' else 'loaded'}")
+            turns = counted(len(self.conversation.turns) // 2, "turn")
+            say(f"{path}: {turns} {'saved' if command == '/save' else 'loaded'}")
 
     def answer(self, question: str, stream: Stream, terminal: Terminal) -> None:
         """Print the answer as it comes, and remember what was said of it."""
         dropped = self.conversation.ask(question, self.encode, self.room)
         if dropped:
-            say(f"the context is full: the oldest {dropped} turn{'s' * (dropped != 1)} dropped")
+            say(f"the context is full: the oldest {counted(dropped, 'turn')} dropped")
         answer = self.codec.answer(self.prompt(self.conversation.messages), self.max_seq_len)
         self.num_asked += 1
         with terminal.listening() as interrupted:

@@ -94,3 +94,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[near[0]]}?)" if near else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """`"1 file"`, `"2 files"`, `"0 files"`: for a regular noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

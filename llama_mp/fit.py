@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from llama_mp.advice import NOT_YET, Device, Option, advice
 from llama_mp.config import ModelConfig
-from llama_mp.errors import RequestError
+from llama_mp.errors import RequestError, counted
 from llama_mp.memory import RankMemory, Workload, rank_memory
 
 MEMINFO, CGROUPS, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -38,7 +38,7 @@ def check_fits(config: ModelConfig, mp: int, workload: Workload, room: Room, *, 
     rows = f"{workload.batch_size} x {workload.seq_len} tokens"
     parts.append(f"{memory.kv_cache_bytes / GB:.2f} GB of cache for {rows}")
     raise RequestError(
-        f"{config.name} over {mp} rank{'s' * (mp > 1)} in {workload.dtype} does not fit: a rank needs "
+        f"{config.name} over {counted(mp, 'rank')} in {workload.dtype} does not fit: a rank needs "
         f"{' and '.join(parts)}, and {room.free_bytes / GB:.2f} GB are free {room.where}; "
         f"{remedy(config, mp, workload, room, memory, has_weights=has_weights)}"
     )

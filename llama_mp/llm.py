@@ -17,6 +17,7 @@ from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
+from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
 from llama_mp.fit import check_fits
@@ -24,7 +25,7 @@ from llama_mp.flags import checked
 from llama_mp.fused import load_steps
 from llama_mp.kernels import load_kernels
 from llama_mp.locate import Checkpoint, locate
-from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype, free_room
+from llama_mp.machine import PeakMemory, choose_dtype, free_room
 from llama_mp.memory import RankMemory, Workload, check_layout, padding_share, rank_memory, run_time_shards
 from llama_mp.model import Transformer, build, fill
 from llama_mp.parallel import World, connect

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from llama_mp.cores import cores_at_hand, threads_asked
+from llama_mp.dtypes import DTYPES
 from llama_mp.errors import RequestError
 from llama_mp.fit import Room, free_host_bytes
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SAMPLE_S = 0.05
 RETURNED_BYTES = 4 << 20  # a block of this size or more goes back to the kernel when it is freed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)

@@ -12,11 +12,11 @@ from llama_mp import bench, records
 from llama_mp.bench import BenchFlags
 from llama_mp.ceiling import Ceiling, measure_ceiling
 from llama_mp.config import SamplingConfig
+from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Stats
 from llama_mp.files import json_bytes, write_whole
 from llama_mp.llm import LLM
 from llama_mp.locate import Checkpoint
-from llama_mp.machine import DTYPE_NAMES
 from llama_mp.memory import kv_cache_bytes
 from llama_mp.parallel import World, connect
 from llama_mp.records import RecordConfig
@@ -153,8 +153,12 @@ def memory_of(llm: LLM) -> dict[str, int]:
     return {"peak_memory_bytes": peak, "planned_memory_bytes": llm.planned.allocated_bytes}
 
 
-def record_run(llm: LLM, flags: RecordConfig) -> None:
-    """After any verb's run, on every rank: write the record that --record asks for, unless nothing was computed."""
+def end_run(llm: LLM, flags: RecordConfig) -> None:
+    """After a verb's run, on every rank: say how it went, and write the record that --record asks for, unless nothing
+    was computed."""
+    said = summary(llm)
+    if llm.world.is_leader:
+        print(said, file=sys.stderr)
     if flags.record is not None and llm.shape != (0, 0):
         memory = memory_of(llm)
         if llm.world.is_leader:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from llama_mp.advice import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, rate, tokens_per_s
+from llama_mp.errors import counted
 from llama_mp.gpus import RESERVED
 from llama_mp.layout import padded_sizes
 from llama_mp.memory import hidden_unit
@@ -29,7 +30,7 @@ def page(plan: Plan, *, coloured: bool) -> str:
     """One plan as lines."""
     workload, memory = plan.workload, plan.per_rank
     asked = [workload.dtype, f"quant {workload.quant}", f"offload {workload.offload}"]
-    title = f"{plan.config.name} over {plan.mp} rank{'s' * (plan.mp > 1)}, batch {workload.batch_size}, "
+    title = f"{plan.config.name} over {counted(plan.mp, 'rank')}, batch {workload.batch_size}, "
     title += f"length {workload.seq_len}, {', '.join(part for part in asked if not part.endswith(' none'))}"
     rows = [
         ("weights", memory.weights_bytes),

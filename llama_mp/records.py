@@ -16,7 +16,7 @@ from typing import Any
 
 from llama_mp.cores import cores_at_hand
 from llama_mp.errors import LAUNCHED, RequestError
-from llama_mp.files import json_bytes, sync, write_whole
+from llama_mp.files import json_bytes, write_whole
 from llama_mp.flags import Flags, flag
 
 RUNS = Path("docs/runs")
@@ -59,7 +59,6 @@ def save(folder: Path, record: Mapping[str, Any]) -> Path:
         write_whole(path, json_bytes(record))
     finally:
         os.close(opened)
-    sync(folder)
     return path
 
 

@@ -93,9 +93,10 @@ def request_of(flags: ReshardFlags, checkpoint: Checkpoint) -> dict[str, Any]:
 def is_finished(flags: ReshardFlags, checkpoint: Checkpoint) -> bool:
     """Whether --output holds what is asked for already. Raises RequestError when it holds anything else, unless
     --overwrite allows to replace a checkpoint."""
-    output, request = flags.output, request_of(flags, checkpoint)
+    output = flags.output
     if not is_filled(output):
         return False
+    request = request_of(flags, checkpoint)
     if not flags.dry_run and clean_up_after_kill(output) == request:
         return True
     manifest = read_manifest(output)

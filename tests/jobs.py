@@ -6,11 +6,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from llama_mp import parallel
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
 from llama_mp.errors import one_line
@@ -196,19 +198,20 @@ def silent_rank(step_timeout: float, silence: float) -> str:
 
 
 def patient(patience: float, pause: float, heart_stops: bool) -> str:
-    """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating or not."""
-    world = connect(RunConfig(device="cpu"))
-    world.patience_s = patience
-    try:
-        if world.is_leader:
-            if heart_stops:
-                world.heartbeat.stop()
-            time.sleep(pause)
-        return world.tell("hello" if world.is_leader else None)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        world.close()
+    """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating, fast, or not."""
+    with patch.object(parallel, "HEARTBEAT_S", 0.2):
+        world = connect(RunConfig(device="cpu"))
+        world.patience_s = patience
+        try:
+            if world.is_leader:
+                if heart_stops:
+                    world.heartbeat.stop()
+                time.sleep(pause)
+            return world.tell("hello" if world.is_leader else None)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            world.close()
 
 
 def slow_leader(step_timeout: float, pause: float) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A pool of ranks: processes forked once from a server that has imported torch and run none of it.
+"""Processes forked from a server that has imported torch and run none of it: a pool of ranks, and single ones.
 
 torchrun takes 20 s to start 8 ranks on 2 cores; these are there in a fraction of a second, and run job after job.
 """
@@ -15,20 +15,26 @@ from torch.distributed import TCPStore
 
 NUM_RANKS = 8
 JOB_TIMEOUT_S = 60
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["llama_mp.llm", "jobs", "held"])
+
+
+def alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What `function` returns in a process of its own: torch is imported there, and nothing has run."""
+    with SERVER.Pool(1) as pool:
+        return pool.apply_async(function, arguments, named).get(JOB_TIMEOUT_S)
 
 
 class Ranks:
     """`run(mp, function, **arguments)` calls `function(**arguments)` on ranks 0 .. mp - 1 of one world."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["llama_mp.llm", "jobs", "shared_jobs"])
         self.workers: list[tuple[multiprocessing.Process, Connection]] = []
 
     def start(self) -> None:
         for _ in range(NUM_RANKS):
-            ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=serve, args=(theirs,), daemon=True)
+            ours, theirs = SERVER.Pipe()
+            process = SERVER.Process(target=serve, args=(theirs,), daemon=True)
             process.start()
             self.workers.append((process, ours))
 

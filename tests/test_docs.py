@@ -9,6 +9,8 @@ that must come.
 import os
 import re
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ from llama_mp.bench import BenchFlags
 from llama_mp.chat import ChatFlags
 from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
+from llama_mp.cores import cores_at_hand
 from llama_mp.plan import PlanFlags
 from llama_mp.reshard_request import ReshardFlags
 
@@ -101,8 +104,24 @@ def with_speed(page: str) -> object:
     return pytest.param(page, marks=pytest.mark.slow) if page == "bench.md" else page
 
 
+@pytest.fixture(scope="module")
+def checks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[dict]:
+    """The check of each page that is asked for, on its way: several at once, as most of it is an interpreter starting
+    on one core."""
+    name = test_every_command_of_a_page_prints_what_it_shows.__name__
+    chosen = [item for item in request.session.items if item.originalname == name]
+    pages = [item.callspec.params["page"] for item in chosen]
+    with ThreadPoolExecutor(cores_at_hand()) as pool:
+        yield {page: pool.submit(check_page, page, tmp_path_factory.mktemp("page"), home) for page in pages}
+
+
 @pytest.mark.parametrize("page", [with_speed(page) for page in PAGES])
-def test_every_command_of_a_page_prints_what_it_shows(page: str, tmp_path: Path, home: Path) -> None:
+def test_every_command_of_a_page_prints_what_it_shows(page: str, checks: dict[str, Future]) -> None:
+    checks[page].result()
+
+
+def check_page(page: str, tmp_path: Path, home: Path) -> None:
+    """Run the page's commands in `tmp_path`."""
     for name in ("launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     blocks = blocks_of(page)

@@ -9,14 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from factory import write_meta
 from running import INFER, Done, infer, run, start, torchrun
 
 from llama_mp import LLM
-from llama_mp.checkpoint.load import open_source
-from llama_mp.config import RunConfig
-from llama_mp.layout import Span, matrix_shape
-from llama_mp.locate import locate
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 KEYS = ["id", "prompt", "completion", "tokens", "logprobs", "prompt_logprobs", "finish_reason"]
@@ -91,22 +86,8 @@ def test_the_default_model_answers_a_pipe_under_torchrun():
     assert_answers(torchrun(3, INFER, "--chat", "--temperature", "0", text=QUESTION + "\n"))
 
 
-@pytest.fixture(scope="module")
-def meta_folder(tmp_path_factory) -> Path:
-    """The default model as a Meta folder of three shards: each global tensor read whole, then cut."""
-    source = open_source(locate(RunConfig()))
-    tensors = {}
-    for name in source.names():
-        rows, cols = matrix_shape(source.shape(name))
-        tensors[name] = source.read(name, Span(0, rows), Span(0, cols)).bfloat16()
-    return write_meta(tmp_path_factory.mktemp("smollm2"), source.config, tensors, mp=3)
-
-
-def test_a_meta_folder_of_three_shards_answers_over_three_ranks(meta_folder):
-    assert_answers(ask("--ckpt_dir", meta_folder, "--tokenizer", locate(RunConfig()).tokenizer, "--mp", "3"))
-
-
-def test_one_answer_streams_as_utf8():
+def test_one_answer_streams_as_utf8(monkeypatch):
+    monkeypatch.setenv("LLAMA_MP_THREADS", "1")  # as the command has it, for the same bits
     prompt = "Caf\u00e9 \U0001f600 means"
     flags = ["--prompt", prompt, "--echo", "--max_gen_len", "40", "--temperature", "0"]
     started = start(sys.executable, INFER, *flags, LC_ALL="C", LANG="C")
@@ -196,10 +177,14 @@ def test_a_reader_that_leaves_ends_the_run():
 # ---- refused -----------------------------------------------------------------------------------------------------
 
 
-def took_under_a_second(*flags: str, **env: str) -> bool:
-    begin = time.perf_counter()
-    infer(*flags, **env)
-    return time.perf_counter() - begin < 1
+def within_a_second(*flags: str, **env: str) -> Done:
+    """What it answers; on a busy machine one time out of three is enough."""
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = infer(*flags, **env)
+        if time.perf_counter() - begin < 1:
+            return done
+    raise AssertionError(f"{flags} took more than a second")
 
 
 def test_help_and_refusals_that_need_no_file_answer_within_a_second(no_torch):
@@ -212,8 +197,7 @@ def test_help_and_refusals_that_need_no_file_answer_within_a_second(no_torch):
         (["--mp", "0"], "--mp is 0"),
         (["--output"], "--output has no value"),
     ):
-        assert any(took_under_a_second(*flags, **no_torch) for _ in range(3)), flags
-        done = infer(*flags, **no_torch)
+        done = within_a_second(*flags, **no_torch)
         if says is None:
             assert done.code == 0 and "\n    torchrun --nproc_per_node 8" in done.stdout and done.stderr == ""
         else:

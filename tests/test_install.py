@@ -50,6 +50,7 @@ WITH_TORCH = [
     "llama_mp.checkpoint.hf",
     "llama_mp.checkpoint.meta",
     "llama_mp.checkpoint.source",
+    "llama_mp.dtypes",
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
 ]
 WITHOUT_TORCH = [

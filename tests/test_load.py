@@ -1,14 +1,12 @@
 """Any source degree to any target degree: the right values, few bytes read, little memory held."""
 
-import json
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import held
 import pytest
 import torch
 from factory import (
@@ -25,6 +23,7 @@ from factory import (
     write_meta,
 )
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from ranks import alone
 
 from llama_mp.checkpoint import load
 from llama_mp.checkpoint.gguf import GGUFSource
@@ -211,42 +210,6 @@ def test_blocks_shared_by_two_ranks_cost_little_at_7b(tmp_path: Path, monkeypatc
 
 # ---- memory held -----------------------------------------------------------------------------------------------
 
-LOADS_ONE_RANK = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-from llama_mp.checkpoint.load import load_shards, open_source
-from llama_mp.layout import fuse, shards
-from llama_mp.locate import Checkpoint, config_of, files_of
-
-def private_bytes():
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
-
-def sample():
-    while not done.is_set():
-        samples.append(private_bytes())
-        time.sleep(0.001)
-
-path = Path(sys.argv[1])
-torch.set_num_threads(1)
-baseline, samples, done = private_bytes(), [], threading.Event()
-sampler = threading.Thread(target=sample)
-sampler.start()
-kind, files = files_of(path)
-config = config_of(path, kind, files)
-source = open_source(Checkpoint(path=path, kind=kind, files=files, config=config, tokenizer=path))
-wanted = fuse(shards(source.config, 0, 2))
-parameters = {}
-for name, parameter in load_shards(wanted, source, dtype=torch.bfloat16, device=torch.device("cpu")):
-    parameters[name] = parameter
-    samples.append(private_bytes())
-done.set()
-sampler.join()
-own = sum(parameter.nbytes for parameter in parameters.values())
-print(json.dumps({"own": own, "peak": max(samples) - baseline, "num_samples": len(samples)}))
-"""
-
 
 @pytest.mark.parametrize("kind", ["meta", "hf"])
 def test_a_rank_holds_its_weights_and_two_tensors_while_loading(tmp_path: Path, kind: str) -> None:
@@ -258,8 +221,7 @@ def test_a_rank_holds_its_weights_and_two_tensors_while_loading(tmp_path: Path, 
         write_meta(tmp_path, config, random_tensors(config, torch.bfloat16), 1)
     else:
         write_hf(tmp_path, hugging_face(config).bfloat16())
-    command = [sys.executable, "-c", LOADS_ONE_RANK, str(tmp_path)]
-    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    measured = alone(held.loading_one_rank, tmp_path)
     slack = 16 << 20  # torch's own first-use allocations, the header's objects
     assert measured["own"] == pytest.approx(checkpoint_bytes / 2, rel=0.01)
     # the kernel counts pages in batches, and what importing left free is used again: a little below is as good

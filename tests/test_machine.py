@@ -1,13 +1,13 @@
 """Devices and precisions, decided without having them; cores and memory as the machine counts them."""
 
 import re
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
+import held
 import pytest
 import torch
+from ranks import alone
 
 from llama_mp import machine
 from llama_mp.config import RunConfig
@@ -111,38 +111,12 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peak_memory_is_remembered() -> None:
-    """In a process of its own, whose memory nobody else uses."""
-    script = """
-import time, torch
-from llama_mp.machine import PeakMemory, private_bytes
-before, peak = private_bytes(), PeakMemory(torch.device("cpu"))  # which is above what there was before
-block = torch.ones(25_000_000)
-time.sleep(0.3)
-del block
-print(peak.read(), private_bytes() - before)
-peak.close()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    most, left = map(int, done.stdout.split())
+    most, left = alone(held.a_block_that_is_freed)
     assert 100e6 <= most < 110e6
     assert left < 10e6
 
 
 def test_holes_between_tensors_are_given_back() -> None:
     """Without our settings malloc keeps all six: a larger block freed before makes it hold on to smaller ones."""
-    script = """
-import sys, torch
-from llama_mp.machine import private_bytes, return_freed_memory
-if sys.argv[1:]:
-    return_freed_memory()
-torch.ones(7_000_000)
-blocks = [torch.ones(2_000_000) for _ in range(12)]
-full = private_bytes()
-del blocks[::2]
-print(full - private_bytes())
-"""
-    kept, returned = (
-        int(subprocess.run([sys.executable, "-c", script, *flag], capture_output=True, text=True, timeout=60).stdout)
-        for flag in ([], ["ours"])
-    )
+    kept, returned = (alone(held.freed_between_tensors, ours=ours) for ours in (False, True))
     assert kept < 10e6 < 45e6 < returned

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from running import CHAT, infer, run
 
-from llama_mp import records
+from llama_mp import LLM, records
 from llama_mp.batch import InferFlags
 from llama_mp.bench import BenchFlags
 from llama_mp.chat import ChatFlags
 from llama_mp.cli import parse, usage
 from llama_mp.errors import RequestError
+from llama_mp.measure import end_run
 
 RECORD = {"size": "7B", "mp": 2, "device": "NVIDIA A100-SXM4-40GB", "dtype": "fp16", "date": "2026-01-31", "x": 1}
 NAME = "7b-mp2-nvidia-a100-sxm4-40gb-fp16-2026-01-31"
@@ -199,16 +200,17 @@ def test_infer_records_its_run_without_names_or_words(tiny: Path, tmp_path: Path
     assert record["planned_memory_bytes"] == sum(v for k, v in record["plan"].items() if k != "runtime_bytes")
 
 
-def test_no_record_unless_asked(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_record_unless_asked_and_something_was_computed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert infer("--ckpt_dir", tiny, "--prompt", "a", "--max_gen_len", "2").code == 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_session_that_asked_nothing_leaves_no_record(tmp_path: Path) -> None:
-    done = run(sys.executable, CHAT, "--record", tmp_path / "runs", text="/quit\n")
-    assert done.code == 0, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    with LLM(tiny) as llm:
+        end_run(llm, InferFlags(record=tmp_path / "runs"))
+        llm.generate(["a"], max_gen_len=2)
+        end_run(llm, InferFlags())
+        assert list(tmp_path.iterdir()) == []
+        end_run(llm, InferFlags(record=tmp_path / "runs"))
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_a_conversation_is_recorded_without_its_words(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import held
 import pytest
 import torch
 from damage import change, checked, exchange, faults, flip, meta, ranges_of, whole_line, write_manifest
@@ -18,6 +19,7 @@ from factory import (
     write_hf,
     write_meta,
 )
+from ranks import alone
 from running import ROOT, run
 
 from llama_mp import progress
@@ -152,40 +154,14 @@ def test_every_method_says_how_far_it_is(
     assert lines_of_a_check() == (3 * (21 + 1) + 1, 0)  # and what lies around them; params.json
 
 
-HOLDS_LITTLE = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-from llama_mp.checkpoint.verify import VerifyFlags, verify
-
-def private_bytes():
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
-
-def sample():
-    while not done.is_set():
-        samples.append(private_bytes())
-        time.sleep(0.001)
-
-baseline, samples, done = private_bytes(), [], threading.Event()
-sampler = threading.Thread(target=sample)
-sampler.start()
-report = verify(VerifyFlags(path=Path(sys.argv[1]), against=Path(sys.argv[2])))
-done.set()
-sampler.join()
-print(json.dumps({"failure": report.failure, "peak": max(samples) - baseline, "num_samples": len(samples)}))
-"""
-
-
 def test_little_memory_is_held_whatever_the_size(tmp_path: Path) -> None:
     """Private memory, because the mapped files' pages are the kernel's to drop."""
-    config = replace(MODELS["mha"], dim=2048, head_dim=256, hidden_dim=5632, num_layers=3, vocab_size=16000)
+    config = replace(MODELS["mha"], dim=1024, head_dim=128, hidden_dim=2816, num_layers=3, vocab_size=16000)
     tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in global_shapes(config).items()}
     one, three = (write_meta(tmp_path / str(mp), config, tensors, mp) for mp in (1, 3))
-    command = [sys.executable, "-c", HOLDS_LITTLE, one, three]
-    measured = json.loads(run(*command).stdout)
+    measured = alone(held.verifying, one, three)
     assert measured["failure"] is None and measured["num_samples"] > 10
-    assert measured["peak"] < 100e6 < sum(tensor.nbytes for tensor in tensors.values()) / 3
+    assert measured["peak"] < 30e6 < sum(tensor.nbytes for tensor in tensors.values()) / 3
 
 
 def test_from_end_to_end(listed: Path) -> None:

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import held
 import pytest
 import torch
 from factory import MODELS, random_tensors, write_meta
+from ranks import alone
+from running import infer
 from test_reshard import reshard
 
 from llama_mp import LLM
@@ -33,9 +37,9 @@ def run(script: str, *arguments: object) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_killed_at_random_moments_and_finished_each_time(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
-    reports = run("killed.py", source, tmp_path / "work", 28)
+def test_killed_at_random_moments_and_finished_each_time(source: Path) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as folder:  # in memory: a kill of the process loses nothing there either
+        reports = run("killed.py", source, folder, 28)
     assert len(reports) == 28
     for report in reports:
         assert report["killed"] == -9 and report["finished"] == 0, report
@@ -139,46 +143,29 @@ def test_a_full_disk_leaves_what_the_next_run_finishes(source: Path, tmp_path: P
     assert contents(tmp_path / "copy") == contents(reshard(source, tmp_path / "expected", mp=3))
 
 
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from llama_mp.checkpoint.reshard import Job
-from llama_mp.machine import PeakMemory, private_bytes
-from llama_mp.reshard_request import ReshardFlags, check_request
-source, chain = Path(sys.argv[1]), Path(sys.argv[2])
-for name, flags in [("mp2", {"mp": 2}), ("mp3", {"mp": 3}), ("hf", {"format": "hf"})]:
-    before, peak = private_bytes(), PeakMemory(torch.device("cpu"))
-    flags = ReshardFlags(input=source, output=chain / name, **flags)
-    job = Job.open(flags, check_request(flags))
-    job.run()
-    largest = max(piece.num_bytes for pieces in job.sink.pieces.values() for piece in pieces)
-    print(f"[{peak.read() - before}, {largest}, {job.memory_bytes}]")
-    peak.close()
-    source = chain / name
-"""
-
-
 @pytest.fixture(scope="module")
-def chain(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def chain(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list]]:
     """SmolLM2 from its GGUF file to 2 shards, from these to 3, from these to Hugging Face; what each took."""
-    folder = tmp_path_factory.mktemp("chain")
-    command = [sys.executable, "-c", MEASURE, smollm2_file, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    yield folder, done.stdout
+    folder, source, taken = tmp_path_factory.mktemp("chain"), smollm2_file, []
+    for name, flags in [("mp2", {"mp": 2}), ("mp3", {"mp": 3}), ("hf", {"format": "hf"})]:
+        taken.append(alone(held.resharding, source, folder / name, **flags))
+        source = folder / name
+    yield folder, taken
     shutil.rmtree(folder)  # 1.6 GB
 
 
-def test_memory_does_not_grow_with_the_checkpoint(chain: tuple[Path, str]) -> None:
+def test_memory_does_not_grow_with_the_checkpoint(chain: tuple[Path, list]) -> None:
     """SmolLM2 in fp32 is 0.54 GB; at most 0.1 GB and twice the largest tensor of a shard are allowed."""
-    for taken, largest, announced in map(json.loads, chain[1].splitlines()):
+    for taken, largest, announced in chain[1]:
         assert taken <= 100e6 + 2 * largest
         assert taken <= announced + 10e6
 
 
-def test_the_answer_is_the_same_from_each(chain: tuple[Path, str], smollm2_file: Path) -> None:
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    for path in (smollm2_file, *(chain[0] / name for name in ("mp2", "mp3", "hf"))):
-        with LLM(path, dtype="fp32") as llm:
-            [answer] = llm.generate([question], temperature=0.0, max_gen_len=16)
-        assert answer["completion"] == "The capital of France is Paris.", path
+def test_the_answer_is_the_same_from_each(chain: tuple[Path, list]) -> None:
+    """Of the two formats: what is in the first folder is in the second, which was read from it."""
+    question, answer = "What is the capital of France?", "The capital of France is Paris."
+    done = infer("--ckpt_dir", chain[0] / "mp3", "--mp", "3", "--chat", "--temperature", "0", "--prompt", question)
+    assert (done.code, done.stdout) == (0, answer + "\n"), done
+    with LLM(chain[0] / "hf", dtype="fp32") as llm:
+        [found] = llm.generate([[{"role": "user", "content": question}]], temperature=0.0, max_gen_len=16)
+    assert found["completion"] == answer

@@ -8,6 +8,7 @@ from llama_mp.checkpoint.digests import OnProgress, in_threads
 from llama_mp.checkpoint.fault import Difference
 from llama_mp.checkpoint.scan import Tally, bits, chunks
 from llama_mp.checkpoint.source import Source, as_matrix
+from llama_mp.dtypes import torch_name
 from llama_mp.layout import Span, matrix_shape
 from llama_mp.params_json import differences
 
@@ -44,7 +45,7 @@ def type_differences(names: dict[tuple[torch.dtype, torch.dtype], list[str]]) ->
     """One line for each pair of types: as a rule it is all tensors that have another one."""
     for (found, expected), (first, *others) in names.items():
         with_others = f", with {len(others)} other tensors," if others else ""
-        yield Difference(first, f"is{with_others} {type_name(found)}, not {type_name(expected)}: not compared")
+        yield Difference(first, f"is{with_others} {torch_name(found)}, not {torch_name(expected)}: not compared")
 
 
 def value_differences(
@@ -85,7 +86,3 @@ def difference(ours: Source, theirs: Source, name: str) -> Difference | None:
 def size_of(shape: tuple[int, ...]) -> int:
     num_rows, num_cols = matrix_shape(shape)
     return num_rows * num_cols
-
-
-def type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

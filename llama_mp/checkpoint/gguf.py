@@ -8,8 +8,8 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llama_mp.checkpoint.source import narrowest
 from llama_mp.config import ModelConfig, RopeScaling
+from llama_mp.dtypes import narrowest
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import TensorInfo, read_header
 from llama_mp.layout import Span, matrix_shape

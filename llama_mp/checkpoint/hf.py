@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llama_mp.checkpoint.source import listed, narrowest
+from llama_mp.checkpoint.source import listed
+from llama_mp.dtypes import narrowest
 from llama_mp.errors import RequestError
 from llama_mp.layout import Span
 from llama_mp.locate import Checkpoint

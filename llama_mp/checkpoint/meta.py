@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from llama_mp.checkpoint.fault import DamagedError, Fault
-from llama_mp.checkpoint.source import listed, narrowest
+from llama_mp.checkpoint.source import listed
 from llama_mp.config import ModelConfig
+from llama_mp.dtypes import narrowest
 from llama_mp.errors import RequestError
 from llama_mp.layout import Span, cover, global_shapes, joined_shape, matrix_shape, shards, split_of
 from llama_mp.locate import Checkpoint

@@ -22,7 +22,8 @@ from llama_mp.checkpoint.sink import Sink
 from llama_mp.checkpoint.source import Source
 from llama_mp.checkpoint.write import FolderWriter
 from llama_mp.cores import num_threads
-from llama_mp.errors import RequestError, RunError
+from llama_mp.dtypes import DTYPES, torch_name
+from llama_mp.errors import RequestError, RunError, counted
 from llama_mp.hf_config import hf_config_of
 from llama_mp.locate import Checkpoint, checkpoint_at
 from llama_mp.params_json import read_object
@@ -32,16 +33,16 @@ from llama_mp.reshard_request import ReshardFlags, request_of
 from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_export import tokenizer_folder
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HASHING_SHARE = 0.5  # of the processors' time, beside reading, cutting and writing (benchmarks/reshard.py)
-TOKENIZER_BYTES = 50 * 10**6  # of memory while it is written anew
+TOKENIZER_BYTES = 110 * 10**6  # of memory to read it and write it anew: 80 to 90 MB for 49152 tokens in JSON
 PROBE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is to be written, and from what. `dtypes`: of each tensor. `small_files`: those beside the weights.
-    `header`: what the manifest begins with. `without_tokenizer`: why the output has none."""
+    `request`: what decides every byte of it. `header`: what the manifest begins with. `without_tokenizer`: why the
+    output has none."""
 
     flags: ReshardFlags
     checkpoint: Checkpoint
@@ -49,6 +50,7 @@ class Job:
     sink: Sink
     dtypes: Mapping[str, torch.dtype]
     small_files: Mapping[str, bytes]
+    request: Mapping[str, Any]
     header: Mapping[str, Any]
     without_tokenizer: str | None
 
@@ -63,7 +65,8 @@ class Job:
             files = tokenizer_folder(checkpoint.tokenizer, checkpoint.path, hugging_face=flags.format == "hf")
         except RequestError as error:  # the weights are none the worse for it
             without_tokenizer = str(error)
-        header = request_of(flags, checkpoint) | {"source_path": str(checkpoint.path.absolute())}
+        request = request_of(flags, checkpoint)
+        header = request | {"source_path": str(checkpoint.path.absolute())}
         if flags.format == "hf":
             config_json = hugging_face_config(checkpoint, source, dtypes, tokenizer)
             sink: Sink = HFSink(source.config, dtypes, config_json)
@@ -79,6 +82,7 @@ class Job:
             sink=sink,
             dtypes=dtypes,
             small_files=files | sink.small_files(),
+            request=request,
             header=header,
             without_tokenizer=without_tokenizer,
         )
@@ -105,12 +109,11 @@ class Job:
     def run(self, on_progress: OnProgress | None = None) -> int:
         """Write the folder, continuing what a run of the same request began; how many tensors were whole already.
 
-        Raises RunError when the disk is full, when a number
-        does not fit the type asked for, and when what was written is not what was read."""
+        Raises RunError when the disk is full, when a number does not fit the type asked for, and when what was written
+        is not what was read."""
         self.check_space()
-        request = request_of(self.flags, self.checkpoint)
-        with Partial(self.flags.output, request, overwrite=self.flags.overwrite) as folder:
-            writer = FolderWriter(folder, self.source, self.sink, num_threads(), on_progress)
+        with Partial(self.flags.output, self.request, overwrite=self.flags.overwrite) as folder:
+            writer = FolderWriter(folder, self.source, self.sink, on_progress)
             writer.write(self.small_files, self.header)
             if self.flags.check:
                 self.check(folder.path)
@@ -152,8 +155,9 @@ class Job:
 
     @property
     def memory_bytes(self) -> int:
-        """A chunk as it is read, in its new type, and cut; dequantizing makes some more of it. And the tokenizer."""
-        return TOKENIZER_BYTES + CHUNK_ELEMENTS * 4 * (8 if self.is_quantized else 3)
+        """A chunk as it is read, in its new type, cut and hashed; dequantizing makes some more of it. And the
+        tokenizer, which is most of it."""
+        return TOKENIZER_BYTES + CHUNK_ELEMENTS * 4 * (8 if self.is_quantized else 5)
 
     @property
     def is_quantized(self) -> bool:
@@ -184,10 +188,6 @@ class Job:
         continued = f"; {num_continued} of {len(self.dtypes)} tensors were there already" if num_continued else ""
         checked = "; equal to the input" if self.flags.check else ""
         return f"{self.flags.output}: {counted(len(self.sink.sizes), 'file')} of weights, {rate}{continued}{checked}"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def hashing_rate() -> float:
@@ -221,7 +221,7 @@ def hugging_face_config(
 ) -> dict[str, Any]:
     """The config.json of the output: the input's, where it has one, with the type of the weights."""
     types = {dtypes[name] for name in source.names() if len(source.shape(name)) == 2}
-    dtype = str(types.pop() if len(types) == 1 else torch.float32).removeprefix("torch.")
+    dtype = torch_name(types.pop() if len(types) == 1 else torch.float32)
     if checkpoint.kind == "hf":
         values = read_object(checkpoint.path / "config.json")
         return values | {"dtype" if "dtype" in values else "torch_dtype": dtype}

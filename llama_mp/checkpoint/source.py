@@ -58,9 +58,3 @@ def listed(faults: list[str]) -> str:
 def as_matrix(part: torch.Tensor) -> torch.Tensor:
     """A part as `read` gives it as [rows, columns]: a vector has one column."""
     return part if part.dim() == 2 else part.unsqueeze(1)
-
-
-def narrowest(dtypes: set[torch.dtype]) -> str:
-    """The name of the --dtype that holds values of all `dtypes`."""
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return names.get(next(iter(dtypes)), "fp32") if len(dtypes) == 1 else "fp32"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from llama_mp.checkpoint.checklist import CHECKLIST, check_checklist, read_checklist
 from llama_mp.checkpoint.fault import WEIGHT_FILES, Difference, Fault, without_path
 from llama_mp.checkpoint.manifest import MANIFEST, check_manifest, read_entries
-from llama_mp.errors import RequestError
+from llama_mp.errors import RequestError, counted
 from llama_mp.flags import REQUIRED, Flags, flag
 from llama_mp.locate import Checkpoint, checkpoint_at, files_of, snapshot_of
 from llama_mp.progress import Progress
@@ -81,10 +81,6 @@ class Report:
                 "differences": [{"tensor": tensor, "difference": text} for tensor, text in self.differences],
             }
         )
-
-
-def counted(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def verify(flags: VerifyFlags) -> Report:

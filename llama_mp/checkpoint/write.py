@@ -4,16 +4,16 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from llama_mp.checkpoint.cut import Digest, cut_tensors, write_at
-from llama_mp.checkpoint.digests import OnProgress
+from llama_mp.checkpoint.digests import OnProgress, in_threads
 from llama_mp.checkpoint.manifest import MANIFEST, digest_range, rest_digest
 from llama_mp.checkpoint.sink import Piece, Sink
 from llama_mp.checkpoint.source import Source
+from llama_mp.cores import num_threads
 from llama_mp.files import json_bytes, write_whole
 from llama_mp.partial import Partial
 
@@ -21,11 +21,8 @@ from llama_mp.partial import Partial
 class FolderWriter:
     """Writes `source` by `sink` into `folder`, continuing what is whole in it; `on_progress` is told of that too."""
 
-    def __init__(
-        self, folder: Partial, source: Source, sink: Sink, num_threads: int, on_progress: OnProgress | None
-    ) -> None:
-        self.folder, self.source, self.sink = folder, source, sink
-        self.num_threads, self.on_progress = num_threads, on_progress
+    def __init__(self, folder: Partial, source: Source, sink: Sink, on_progress: OnProgress | None) -> None:
+        self.folder, self.source, self.sink, self.on_progress = folder, source, sink, on_progress
         self.num_continued = 0  # tensors that were whole already
         self.done_bytes, self.total_bytes = 0, sum(map(self.tensor_bytes, sink.pieces))
         self.lock = threading.Lock()
@@ -58,7 +55,7 @@ class FolderWriter:
             # The largest first, so that no thread is left alone with one at the end.
             left = sorted(set(self.sink.pieces) - set(digests), key=self.tensor_bytes, reverse=True)
             cut = cut_tensors(
-                left, self.source, self.sink.pieces, files, num_threads=self.num_threads, on_bytes=self.count
+                left, self.source, self.sink.pieces, files, num_threads=num_threads(), on_bytes=self.count
             )
             with closing(cut):
                 for name, found in cut:
@@ -81,11 +78,10 @@ class FolderWriter:
         parts = self.folder.parts
         recorded = {name: [Digest(*digest) for digest in parts[name]] for name in self.sink.pieces if name in parts}
         whole = {}
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            for (name, digests), is_there in zip(recorded.items(), pool.map(is_whole, recorded), strict=True):
-                if is_there:
-                    whole[name] = digests
-                    self.count(self.tensor_bytes(name))
+        for (name, digests), is_there in zip(recorded.items(), in_threads(is_whole, recorded), strict=True):
+            if is_there:
+                whole[name] = digests
+                self.count(self.tensor_bytes(name))
         return whole
 
     def finish_files(self, digests: Mapping[str, Sequence[Digest]]) -> dict[str, Any]:
