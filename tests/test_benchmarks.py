@@ -1,4 +1,5 @@
-"""benchmarks/reshard.py on a model of a few megabytes: it runs, compares equal work, tells the states of its input."""
+"""benchmarks/reshard.py on a model of a few megabytes: it runs, compares equal work, tells the states of its input.
+benchmarks/quality.py on the first pages of its text."""
 
 import json
 import sys
@@ -7,7 +8,12 @@ from pathlib import Path
 import pytest
 from running import ROOT, Done, run
 
+from llama_mp.tokenizer_files import read_tokenizer
+
 TINY = ("--layers", "1", "--dim", "64", "--rounds", "1", "--degrees", "3:2")
+
+
+QUALITY = str(ROOT / "benchmarks" / "quality.py")
 
 
 def bench(*flags: str | Path) -> Done:
@@ -42,3 +48,23 @@ def test_help_shows_the_degrees_as_they_are_given():
 def test_a_folder_without_room_is_refused(tmp_path):
     refusal = run(sys.executable, ROOT / "benchmarks" / "reshard.py", "--dim", "65536", "--folder", tmp_path).refusal
     assert "GB free, and 3 x " in refusal
+
+
+@pytest.mark.slow
+def test_fewer_bits_cost_little_quality():
+    done = run(sys.executable, QUALITY, "--max_tokens", "2048")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    kinds = result["kinds"]
+    assert list(kinds) == ["fp32", "bf16", "int8", "int4"] and result["tokens"] == 2048
+    assert kinds["fp32"]["of_fp32"] == 1 and 10 < kinds["fp32"]["perplexity"] < 50  # of 49152 tokens
+    for kind, bound in (("bf16", 0.01), ("int8", 0.01), ("int4", 0.08)):
+        assert abs(kinds[kind]["of_fp32"] - 1) <= bound
+    sizes = [kind["weight_bytes"] for kind in kinds.values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_text_is_long_enough(smollm2_file):
+    tokenizer, _ = read_tokenizer(smollm2_file, smollm2_file, "auto")
+    text = (ROOT / "tests" / "data" / "alice.txt").read_text(encoding="utf-8")
+    assert len(tokenizer.encode(text, bos=False)) >= 20_000
