@@ -136,7 +136,7 @@ class LLM:
         self.not_finite = finish.not_finite
         if world.is_leader and (padding := padding_share(self.config, world.size, self.run.quant)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
-            self.say(f"{self.config.name} over {world.size} ranks: {cost}")
+            self.say(f"{self.config.name} over {world.size} rank{'s' * (world.size > 1)}: {cost}")
         return model
 
     def warn_of_not_finite(self) -> None:

@@ -85,13 +85,16 @@ def unpacked_bytes(workload: Workload) -> int:
 
 
 def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
-    """Beside the weights while the last of them load: a chunk in fp32, and a parameter yet to be quantized."""
+    """Beside the weights while they load: a chunk as it is read; or a parameter that is read, in the place of what it
+    will be packed into, and then packed."""
     chunk = LOAD_ELEMENTS * FP32 if workload.device == "cpu" else LOAD_ELEMENTS * workload.element_bytes
-    if workload.quant == "none":
+    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant).values()
+    unpacked = [shard for shard in held if is_quantized(shard, workload.quant)]
+    if not unpacked:
         return chunk
-    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant)
-    largest = max(shard.num_elements for shard in held.values() if is_quantized(shard, workload.quant))
-    return max(chunk, unpacked_bytes(workload)) + largest * workload.element_bytes
+    largest = max(unpacked, key=lambda shard: shard.num_elements)
+    reading = chunk - shard_bytes(largest, workload.quant, workload.element_bytes)
+    return largest.num_elements * workload.element_bytes + max(reading, unpacked_bytes(workload))
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 NUM_RANKS = 8
 JOB_TIMEOUT_S = 60
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["llama_mp.llm", "jobs", "held"])
+SERVER.set_forkserver_preload(["llama_mp.llm", "jobs", "held", "shared_jobs"])
 
 
 def alone(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

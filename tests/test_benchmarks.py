@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from running import ROOT, Done, run
 
+from llama_mp.tokenizer_files import read_tokenizer
+
 TINY = ("--layers", "1", "--dim", "64", "--rounds", "1", "--degrees", "3:2")
+
+
+QUALITY = str(ROOT / "benchmarks" / "quality.py")
 
 
 def bench(*flags: str | Path) -> Done:
@@ -53,3 +58,23 @@ def test_sums_over_the_ranks_are_measured_by_both_ways():
     assert list(found) == ["8", "64"]
     for figures in found.values():
         assert figures["ratio"] == pytest.approx(figures["gloo_us"] / figures["shared_memory_us"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_fewer_bits_cost_little_quality():
+    done = run(sys.executable, QUALITY, "--max_tokens", "2048")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    kinds = result["kinds"]
+    assert list(kinds) == ["fp32", "bf16", "int8", "int4"] and result["tokens"] == 2048
+    assert kinds["fp32"]["of_fp32"] == 1 and 10 < kinds["fp32"]["perplexity"] < 50  # of 49152 tokens
+    for kind, bound in (("bf16", 0.01), ("int8", 0.01), ("int4", 0.08)):
+        assert abs(kinds[kind]["of_fp32"] - 1) <= bound
+    sizes = [kind["weight_bytes"] for kind in kinds.values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_text_is_long_enough(smollm2_file):
+    tokenizer, _ = read_tokenizer(smollm2_file, smollm2_file, "auto")
+    text = (ROOT / "tests" / "data" / "alice.txt").read_text(encoding="utf-8")
+    assert len(tokenizer.encode(text, bos=False)) >= 20_000

@@ -49,19 +49,20 @@ def test_the_refusal_says_what_is_needed_what_is_free_and_what_to_do() -> None:
         check_fits(SEVEN, 1, WORK, room(15 * 10**9))
     assert re.fullmatch(
         r"7B over 1 rank in fp16 does not fit: a rank needs 13\.48 GB of weights and 4\.29 GB of cache for 4 x 2048 "
-        r"tokens, and 15\.00 GB are free on cuda:0; give --mp 2 or --max_batch_size 1, or --force to try",
+        r"tokens, and 15\.00 GB are free on cuda:0; give --mp 2 or --quant int8, or --force to try",
         str(refused.value),
     )
 
 
 def test_what_this_version_cannot_do_is_not_advised_nor_more_ranks_in_one_memory() -> None:
-    for free in (GIB // 2, 2 * GIB, 8 * GIB):
+    for free in (GIB // 2, 2 * GIB, 8 * GIB, 14 * GIB):
         for is_shared in (True, False):
             with pytest.raises(RequestError) as refused:
                 check_fits(SEVEN, 1, WORK, room(free, is_shared=is_shared))
             text = str(refused.value)
-            assert "--force" in text and "--quant" not in text and "--offload" not in text
+            assert "--force" in text and "--offload" not in text
             assert ("--mp" in text) is (not is_shared and free > GIB)
+            assert ("--quant" in text) is (free > (8 * GIB if is_shared else GIB))
 
 
 # ---- free memory -------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_a_model_that_does_not_fit_comes_with_what_does_the_fastest_first() -> N
     assert len(options) >= 4 and rates == sorted(rates, reverse=True)
     assert [option for option in options if option.startswith("--mp 2: ")]
     for option in options:
-        assert option.endswith(NOT_YET) == ("--quant" in option or "--offload" in option)
+        assert option.endswith(NOT_YET) == ("--offload" in option)
 
 
 @settings(deadline=None, max_examples=40)
