@@ -26,12 +26,14 @@ def activation_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [N, in] times the transpose of `weight` [out, in], which may be packed (quant.py), in the type of x."""
+def linear(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
+    """x [N, in] times the transpose of `weight` [out, in], which may be packed (quant.py), in the type of x.
+
+    Where `precision`, the run's, is bf16, the factors of many rows may be rounded to it; sums are fp32 in any case."""
     if x.dtype is weight.dtype:
         return F.linear(x, weight)
     few = len(x) <= MAX_ROWS and x.dtype is torch.float32 and weight.dtype in KINDS and x.shape[1] % 2 == 0
-    return linear_of_few(x, weight) if few and load_kernels() else linear_of_many(x, weight)
+    return linear_of_few(x, weight) if few and load_kernels() else linear_of_many(x, weight, precision)
 
 
 def linear_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -45,9 +47,9 @@ def linear_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def linear_of_many(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_of_many(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
     """`linear` by torch's products, for which some of the weight's rows at a time are made the type of the others."""
-    dtype = torch.bfloat16 if x.device.type == "cpu" and has_fast_bf16() else x.dtype
+    dtype = precision if precision is torch.bfloat16 and x.device.type == "cpu" and has_fast_bf16() else x.dtype
     if weight.dtype is dtype:
         return F.linear(x.to(dtype), weight).to(x.dtype)
     factor, y = x.to(dtype), x.new_empty(len(x), len(weight))

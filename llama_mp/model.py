@@ -38,21 +38,25 @@ class WithoutWeights(nn.Module):
 class ColumnLinear(WithoutWeights, ColumnParallelLinear):
     """fairscale's layer with its output left split, without the autograd wrappers of training."""
 
+    precision = torch.float32  # of the run, as `fill` finds it
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False, gather_output=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.precision)
 
 
 class RowLinear(WithoutWeights, RowParallelLinear):
     """fairscale's layer on an input that is split already; the sum over the ranks is the output."""
 
+    precision = torch.float32
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False, input_is_parallel=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce(linear(x, self.weight))
+        return reduce(linear(x, self.weight, self.precision))
 
 
 class Embedding(WithoutWeights, VocabParallelEmbedding):
@@ -211,7 +215,11 @@ def build(config: ModelConfig, mp: int, quant: str = "none") -> Transformer:
 
 
 def fill(model: Transformer, parameters: dict[str, torch.Tensor]) -> None:
-    """Give `model` its weights, every one of them. Tied embeddings serve as the output matrix too."""
+    """Give `model` its weights, every one of them. Embeddings are of the run's precision; tied ones serve as
+    the output matrix too."""
+    for module in model.modules():
+        if isinstance(module, ColumnLinear | RowLinear):
+            module.precision = parameters["tok_embeddings.weight"].dtype
     parameters = {"output.weight": parameters["tok_embeddings.weight"], **parameters}
     model.load_state_dict(parameters, strict=True, assign=True)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -26,6 +26,7 @@ WITH_TORCH = [
     "llama_mp.runner",
     "llama_mp.model",
     "llama_mp.quantizer",
+    "llama_mp.fused",
     "llama_mp.kernels",
     "llama_mp.quant",
     "llama_mp.cache",
@@ -105,8 +106,8 @@ WITHOUT_TORCH = [
     "llama_mp.flags",
     "llama_mp.files",
     "llama_mp.pinning",
-    "llama_mp.cores",
     "llama_mp.compiled",
+    "llama_mp.cores",
     "llama_mp.errors",
     "llama_mp.version",
 ]

@@ -67,10 +67,18 @@ def test_many_rows(machine: str, monkeypatch: pytest.MonkeyPatch, kind: str, fas
     monkeypatch.setattr(kernels, "has_fast_bf16", lambda: fast_bf16)
     monkeypatch.setattr(quant, "QUANTIZE_ELEMENTS", {"cpu": 1000})
     weight, x = PACKS[kind](torch.randn(77, 100)), torch.randn(kernels.MAX_ROWS + 1, 100)
-    found, expected = kernels.linear(x, weight), x.double() @ exact(weight, 100).T
+    found, expected = kernels.linear(x, weight, torch.bfloat16), x.double() @ exact(weight, 100).T
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert found.dtype is torch.float32
     assert error < (1e-2 if fast_bf16 else 1e-6)
+
+
+@pytest.mark.parametrize("kind", PACKS)
+def test_a_run_in_fp32_rounds_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(kernels, "has_fast_bf16", lambda: True)
+    weight, x = PACKS[kind](torch.randn(77, 100)), torch.randn(40, 100)
+    found = kernels.linear(x, weight, torch.float32)
+    torch.testing.assert_close(found.double(), x.double() @ exact(weight, 100).T, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
