@@ -4,6 +4,7 @@ input runs it once and answers with a line of JSON: tokens/s of a prompt and of 
 python benchmarks/contender.py ours|theirs|llama_cpp|kernel FILE THREADS PROMPT_LEN GEN_LEN [QUANT]
 """
 
+import atexit
 import ctypes
 import json
 import os
@@ -19,7 +20,7 @@ STREAMED_BYTES = 1.2e9  # by the kernel alone: more than any cache holds
 
 
 def ours(file: str, threads: int, prompt_len: int, gen_len: int, quant: str) -> Run | None:
-    """Our engine as `infer` uses it; None on every rank but the first, when it has nothing more to do."""
+    """Our engine as `infer` uses it; None on every rank but the first, once that is done."""
     os.environ["LLAMA_MP_THREADS"] = str(threads)
     from llama_mp.config import RunConfig, SamplingConfig
     from llama_mp.engine import Stats
@@ -47,6 +48,7 @@ def ours(file: str, threads: int, prompt_len: int, gen_len: int, quant: str) -> 
         names = ("prefill_tokens_per_s", "decode_tokens_per_s", "achieved_gb_per_s")
         return {name: rates[name] for name in names}
 
+    atexit.register(lambda: (llm.dismiss(), llm.close()))
     return run
 
 
@@ -118,8 +120,8 @@ def llama_cpp(file: str, threads: int, prompt_len: int, gen_len: int, _quant: st
     vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
     def step(tokens: list[int]) -> int:
-        batch = lib.llama_batch_get_one((lib.llama_token * len(tokens))(*tokens), len(tokens))
-        assert lib.llama_decode(context, batch) == 0
+        array = (lib.llama_token * len(tokens))(*tokens)  # named: the batch holds its address alone
+        assert lib.llama_decode(context, lib.llama_batch_get_one(array, len(tokens))) == 0
         return int(np.ctypeslib.as_array(lib.llama_get_logits(context), shape=(vocab_size,)).argmax())
 
     def run() -> Mapping[str, float]:
@@ -160,7 +162,6 @@ def main() -> None:
     print("ready", flush=True)
     while sys.stdin.readline():
         print(json.dumps(run()), flush=True)
-    os._exit(0)  # the other ranks wait for work: the launcher ends them
 
 
 if __name__ == "__main__":

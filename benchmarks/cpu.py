@@ -62,8 +62,6 @@ class Side:
 
     def end(self) -> None:
         self.process.stdin.close()
-        self.process.stdout.read()
-        self.process.terminate()
         self.process.wait()
 
 
@@ -114,13 +112,10 @@ def measure(flags: CpuFlags, files: dict[str, Path], has_llama_cpp: bool) -> dic
         if has_llama_cpp:
             sides[f"llama.cpp {FILES[kind]}"] = Side("llama_cpp", str(files[FILES[kind]]), threads, *lengths)
     sides["Hugging Face bf16"] = Side("theirs", str(files["bf16"]), threads, *lengths)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for _ in range(flags.rounds):
-        for name, side in sides.items():
-            found[name].append(side.run())
+    rounds = [{name: side.run() for name, side in sides.items()} for _ in range(flags.rounds)]
     for side in sides.values():
         side.end()
-    return found
+    return {name: [one[name] for one in rounds] for name in sides}
 
 
 def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
