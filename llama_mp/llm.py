@@ -126,9 +126,9 @@ class LLM:
         world = self.world
         if world.device.type == "cpu" and self.dtype is torch.bfloat16:
             load_library()  # built now, if it must be, and not during the first step
-        model = build(self.config, world.size, self.run.quant)
         wanted = run_time_shards(self.config, world.rank, world.size, self.run.quant)
         with Quantizer(self.run.quant, wanted.values(), world) as finish:
+            model = build(self.config, world.size, self.run.quant)
             parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
             progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
             fill(model, dict(tqdm(parameters, "loading", **progress)))
