@@ -36,9 +36,10 @@ def check_fits(config: ModelConfig, mp: int, workload: Workload, room: Room, *, 
         return
     parts = [] if has_weights else [f"{memory.weights_bytes / GB:.2f} GB of weights"]
     rows = f"{workload.batch_size} x {workload.seq_len} tokens"
+    kind = workload.dtype + ("" if workload.quant == "none" else f" with weights in {workload.quant}")
     parts.append(f"{memory.kv_cache_bytes / GB:.2f} GB of cache for {rows}")
     raise RequestError(
-        f"{config.name} over {counted(mp, 'rank')} in {workload.dtype} does not fit: a rank needs "
+        f"{config.name} over {counted(mp, 'rank')} in {kind} does not fit: a rank needs "
         f"{' and '.join(parts)}, and {room.free_bytes / GB:.2f} GB are free {room.where}; "
         f"{remedy(config, mp, workload, room, memory, has_weights=has_weights)}"
     )

@@ -127,9 +127,9 @@ class LLM:
         world = self.world
         if world.device.type == "cpu":
             load_kernels(), load_steps()  # built now, if they must be, and not during the first step
-        model = build(self.config, world.size, self.run.quant)
         wanted = run_time_shards(self.config, world.rank, world.size, self.run.quant)
         with Quantizer(self.run.quant, wanted.values(), world) as finish:
+            model = build(self.config, world.size, self.run.quant)
             parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
             progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
             fill(model, dict(tqdm(parameters, "loading", **progress)))

@@ -58,6 +58,11 @@ def chunks(matrix: torch.Tensor, num_cols: int) -> Iterator[slice]:
         yield slice(*rows)
 
 
+def as_divisor(number: int, of: torch.Tensor) -> torch.Tensor:
+    """CUDA divides by a tensor; with a number's reciprocal it multiplies, and codes would depend on the device."""
+    return torch.tensor(float(number), device=of.device)
+
+
 # ---- int8 ------------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +72,7 @@ def largest_of_rows(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def pack_int8(matrix: torch.Tensor, row_maxima: torch.Tensor, packed: torch.Tensor) -> None:
-    scales = (row_maxima / INT8_MOST).unsqueeze(1)
+    scales = (row_maxima / as_divisor(INT8_MOST, row_maxima)).unsqueeze(1)
     divisors = scales.where(scales != 0, 1)  # rows of zeros stay zeros
     packed[:, matrix.shape[1] :] = 0
     packed[:, -INT8_SCALE_BYTES:].view(torch.float32).copy_(scales)
@@ -93,7 +98,7 @@ def pack_int4(matrix: torch.Tensor, packed: torch.Tensor) -> None:
     values[:, :cols] = matrix
     values = values.view(rows, groups, INT4_GROUP)
     least, most = values.amin(dim=2, keepdim=True), values.amax(dim=2, keepdim=True)
-    ranges = torch.cat([(most - least) / INT4_MOST, least], dim=2).half()
+    ranges = torch.cat([(most - least) / as_divisor(INT4_MOST, values), least], dim=2).half()
     packed[:, groups * CODE_BYTES :].view(torch.float16).copy_(ranges.flatten(1))
     scales, offsets = ranges.float().split(1, dim=2)
     codes = values.sub_(offsets).div_(scales.where(scales != 0, 1)).round_().clamp_(0, INT4_MOST).to(torch.uint8)

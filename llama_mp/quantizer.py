@@ -31,14 +31,15 @@ class Quantizer:
         self.num_left = len(self.shared)
 
     def __call__(self, shard: Shard, parameter: torch.Tensor) -> torch.Tensor:
-        self.not_finite += not_finite(shard, parameter, largest_weight(self.quant))
-        if not is_quantized(shard, self.quant):
+        quant = self.quant if is_quantized(shard, self.quant) else "none"
+        self.not_finite += not_finite(shard, parameter, largest_weight(quant))
+        if quant == "none":
             return parameter
         return_holes()  # where parameters of a small model were: a third of what it holds, at the end
         if shard not in self.shared:
-            return pack(parameter, self.quant)
+            return pack(parameter, quant)
         maxima = largest_of_rows(parameter)
-        return pack(parameter, self.quant, self.over_ranks(maxima.cpu()).to(maxima.device))
+        return pack(parameter, quant, self.over_ranks(maxima.cpu()).to(maxima.device))
 
     def over_ranks(self, maxima: torch.Tensor, *, failed: bool = False) -> torch.Tensor:
         """The greatest of each element over the ranks. A last element tells whether one of them has failed."""
