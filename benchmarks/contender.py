@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ def ours(file: str, threads: int, prompt_len: int, gen_len: int, quant: str) -> 
     from llama_mp.request import Request
 
     run_config = RunConfig(ckpt_dir=Path(file), dtype="bf16", device="cpu", quant=quant)
-    llm = LLM.of_checkpoint(run_config, locate_weights(run_config), connect(run_config), codec=None)
+    checkpoint = replace(locate_weights(run_config), tokenizer=None)
+    llm = LLM.of_checkpoint(run_config, checkpoint, connect(run_config), codec=None)
     if not llm.world.is_leader:
         while llm.follow():
             pass

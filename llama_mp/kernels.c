@@ -10,10 +10,8 @@
 
 #include "vectors.h"
 
-enum { GROUP = 32, GROUPS = LANES / 4, ROWS = 4, BATCH = LANES / 4, BLOCK = 16 };
+enum { GROUP = 32, GROUPS = LANES / 4, CHAINS = 4, BATCH = LANES / 4, BLOCK = 16, AHEAD = 4096 };
 enum { BF16, INT8, INT4 };
-
-typedef float eight __attribute__((vector_size(32), aligned(4)));
 
 /* IEEE half in the low 16 bits to single: exact, but for infinities and NaN, which scales are not. */
 INLINE floats from_half(words half) {
@@ -21,146 +19,146 @@ INLINE floats from_half(words half) {
     return as_floats((words)magnitude | (half & 0x8000) << 16);
 }
 
-/* The first GROUPS floats at `from`, of which eight can be read, each four times. */
-INLINE floats four_times(const float *from) {
-    eight v = *(const eight *)from, low = __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1);
+/* GROUPS of the floats of `v`, from the first of the given quarter, each four times. */
+INLINE floats four_times(floats v, int quarter) {
 #if LANES == 8
-    return low;
+#define SPREAD(i) __builtin_shufflevector(v, v, i, i, i, i, i + 1, i + 1, i + 1, i + 1)
 #else
-    eight high = __builtin_shufflevector(v, v, 2, 2, 2, 2, 3, 3, 3, 3);
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#define SPREAD(i) \
+    __builtin_shufflevector(v, v, i, i, i, i, i + 1, i + 1, i + 1, i + 1, i + 2, i + 2, i + 2, i + 2, i + 3, i + 3, i + 3, i + 3)
 #endif
+    switch (quarter) {
+    case 0: return SPREAD(0);
+    case 1: return SPREAD(GROUPS);
+    case 2: return SPREAD(2 * GROUPS);
+    default: return SPREAD(3 * GROUPS);
+    }
 }
 
 /* Non-negative integers as floats: exact where they have no more than 24 significant bits. */
 INLINE floats values_of(words w) { return __builtin_convertvector((integers)w, floats); }
 
-/* What a tile needs to know of W and of x, which `prepare` has laid out for the kind. */
+/* A row of W and what it is multiplied with: x, which `prepare` has laid out for the kind. */
 typedef struct {
-    const char *w;     /* the tile's first row */
+    const char *w;     /* the row */
     long row_bytes;    /* from one row to the next */
     const float *x;    /* [batch, num_cols] */
     const float *sums; /* of x: of each group for INT4, of all for INT8, [batch, num_sums] */
-    long num_cols;     /* of x: filled up with zeros */
+    long num_cols;     /* of x: filled up with zeros to whole units */
     long num_groups;
     long num_sums;
 } operands;
 
-/* `size` bytes of a row from `at`; what lies beyond its `end` is zero, and is not touched. */
-#define LOAD(type, at, end, room) *(const type *)((at) + sizeof(type) <= (end) ? (at) : fill_up(at, end, room))
+/* A vector of a row from `at`; what lies beyond its `end` is zero, and is not touched. */
+#define LOAD(at, end, room) *(const words *)((at) + sizeof(words) <= (end) ? (at) : fill_up(at, end, room))
 
 INLINE const char *fill_up(const char *at, const char *end, char *room) {
     memset(room, 0, sizeof(words));
-    memcpy(room, at, end - at);
+    if (at < end) memcpy(room, at, end - at);
     return room;
 }
 
-INLINE void tile_bf16(const operands *o, int rows, int batch, floats (*acc)[BATCH]) {
-    long half = o->num_cols / 2;
+/* Each of CHAINS sums waits for itself alone; their number and order are the same for any batch. */
+INLINE void products_bf16(const operands *o, int batch, floats (*sums)[CHAINS]) {
+    const char *end = o->w + o->row_bytes;
     char room[sizeof(words)];
-    for (long i = 0; i < half; i += LANES) {
-        UNROLL for (int r = 0; r < rows; r++) {
-            const char *row = o->w + r * o->row_bytes;
-            words pairs = LOAD(words, row + 4 * i, row + o->row_bytes, room);
+    for (long i = 0; i < o->num_cols; i += 4 * LANES) {
+        UNROLL for (int part = 0; part < 2; part++) {
+            const char *at = o->w + 2 * i + part * sizeof(words);
+            words pairs = LOAD(at, end, room);
+            __builtin_prefetch(at + AHEAD);
             floats even = as_floats(pairs << 16), odd = as_floats(pairs & 0xffff0000u);
             UNROLL for (int b = 0; b < batch; b++) {
-                const float *x = o->x + b * o->num_cols + i;
-                acc[r][b] += even * *(const floats *)x;
-                acc[r][b] += odd * *(const floats *)(x + half);
+                const float *x = o->x + b * o->num_cols + i + part * 2 * LANES;
+                sums[b][2 * part] += even * *(const floats *)x;
+                sums[b][2 * part + 1] += odd * *(const floats *)(x + LANES);
             }
         }
     }
 }
 
-/* Byte k of each of a vector of words, k = 0 .. 3, lies where it is in its word: x is divided by 256^k instead. Codes are made
- * non-negative, which 128 times the sum of x undoes. */
-INLINE void tile_int8(const operands *o, int rows, int batch, floats (*acc)[BATCH]) {
+/* Byte k of each of a vector of words, k = 0 .. 3, lies where it is in its word: x is divided by 256^k instead. Codes
+ * are made non-negative, which 128 times the sum of x undoes. */
+INLINE void products_int8(const operands *o, int batch, floats (*sums)[CHAINS]) {
+    const char *end = o->w + o->row_bytes;
     char room[sizeof(words)];
     for (long i = 0; i < o->num_cols; i += 4 * LANES) {
-        UNROLL for (int r = 0; r < rows; r++) {
-            const char *row = o->w + r * o->row_bytes;
-            words codes = LOAD(words, row + i, row + o->row_bytes, room) ^ 0x80808080u;
-            UNROLL
-            for (int k = 0; k < 4; k++) {
-                floats w = values_of(k < 3 ? codes & 0xffu << 8 * k : codes >> 24);
-                UNROLL for (int b = 0; b < batch; b++)
-                    acc[r][b] += w * *(const floats *)(o->x + b * o->num_cols + i + k * LANES);
-            }
+        words codes = LOAD(o->w + i, end, room) ^ 0x80808080u;
+        __builtin_prefetch(o->w + i + AHEAD);
+        UNROLL for (int k = 0; k < 4; k++) {
+            floats w = values_of(k < 3 ? codes & 0xffu << 8 * k : codes >> 24);
+            UNROLL for (int b = 0; b < batch; b++)
+                sums[b][k] += w * *(const floats *)(o->x + b * o->num_cols + i + k * LANES);
         }
     }
 }
 
 /* Nibble k of each of a vector of words, GROUPS groups of four, k = 0 .. 7, likewise. */
 INLINE floats sum_of_groups(words codes, const float *x) {
-    floats sum = {0};
-    UNROLL
-    for (int k = 0; k < 8; k++)
-        sum += values_of(k < 7 ? codes & 15u << 4 * k : codes >> 28) * *(const floats *)(x + k * LANES);
-    return sum;
+    floats low = {0}, high = {0};
+    UNROLL for (int k = 0; k < 8; k += 2) {
+        low += values_of(codes & 15u << 4 * k) * *(const floats *)(x + k * LANES);
+        high += values_of(k < 6 ? codes & 15u << 4 * (k + 1) : codes >> 28) * *(const floats *)(x + (k + 1) * LANES);
+    }
+    return low + high;
 }
 
-INLINE void tile_int4(const operands *o, int rows, int batch, floats (*acc)[BATCH], floats (*offsets)[BATCH]) {
+INLINE void products_int4(const operands *o, int batch, floats (*sums)[CHAINS]) {
+    const char *end = o->w + o->row_bytes, *ranges = o->w + o->num_groups * GROUP / 2;
     char room[sizeof(words)];
-    for (long first = 0; first < o->num_groups; first += LANES) {
-        long last = first + LANES < o->num_groups ? first + LANES : o->num_groups;
-        UNROLL for (int r = 0; r < rows; r++) {
-            const char *row = o->w + r * o->row_bytes, *end = row + o->row_bytes;
-            words pairs = LOAD(words, row + o->num_groups * GROUP / 2 + 4 * first, end, room);
-            float scales[LANES + 8];
-            *(floats *)scales = from_half(pairs & 0xffff);
-            floats offset = from_half(pairs >> 16);
-            UNROLL for (int b = 0; b < batch; b++) offsets[r][b] += offset * *(const floats *)(o->sums + b * o->num_sums + first);
-            for (long g = first; g < last; g += GROUPS) {
-                words codes = LOAD(words, row + g * (GROUP / 2), end, room);
-                floats scale = four_times(scales + g - first);
-                UNROLL for (int b = 0; b < batch; b++)
-                    acc[r][b] += sum_of_groups(codes, o->x + b * o->num_cols + g * GROUP) * scale;
-            }
+    for (long i = 0; i < o->num_cols; i += LANES * GROUP) {
+        words pairs = LOAD(ranges + i / GROUP * 4, end, room);
+        __builtin_prefetch(ranges + i / GROUP * 4 + AHEAD);
+        floats scales = from_half(pairs & 0xffff), offsets = from_half(pairs >> 16);
+        UNROLL for (int b = 0; b < batch; b++)
+            sums[b][0] += offsets * *(const floats *)(o->sums + b * o->num_sums + i / GROUP);
+        UNROLL for (int quarter = 0; quarter < 4; quarter++) {
+            long at = i + quarter * GROUPS * GROUP;
+            if (at >= o->num_cols) break;
+            words codes = LOAD(o->w + at / 2, end, room);
+            __builtin_prefetch(o->w + at / 2 + AHEAD);
+            floats scale = four_times(scales, quarter);
+            UNROLL for (int b = 0; b < batch; b++)
+                sums[b][1 + quarter % 2] += sum_of_groups(codes, o->x + b * o->num_cols + at) * scale;
         }
     }
 }
 
-/* y[b * num_rows + r] of the tile. The order of a sum does not depend on the size of the tile. */
-INLINE void tile(int kind, const operands *o, int rows, int batch, float *y, long num_rows) {
-    floats acc[ROWS][BATCH] = {0};
-    floats offsets[ROWS][BATCH] = {0};
-    if (kind == BF16) tile_bf16(o, rows, batch, acc);
-    if (kind == INT8) tile_int8(o, rows, batch, acc);
-    if (kind == INT4) tile_int4(o, rows, batch, acc, offsets);
-    UNROLL for (int r = 0; r < rows; r++) {
+/* y[b * num_rows + r] for some rows of W, one after the other, as memory is read fastest, and `batch` rows of x. */
+INLINE void products(int kind, operands o, long rows, int batch, float *y, long num_rows) {
+    for (long r = 0; r < rows; r++, o.w += o.row_bytes) {
+        floats sums[BATCH][CHAINS] = {0};
+        if (kind == BF16) products_bf16(&o, batch, sums);
+        if (kind == INT8) products_int8(&o, batch, sums);
+        if (kind == INT4) products_int4(&o, batch, sums);
         float scale = 1;
-        if (kind == INT8) memcpy(&scale, o->w + (r + 1) * o->row_bytes - sizeof scale, sizeof scale);
-        UNROLL for (int b = 0; b < batch; b++) {
-            float sum = sum_of(acc[r][b]);
-            if (kind == INT8) sum -= 128 * sum_of(*(const floats *)(o->sums + b * o->num_sums));
-            y[b * num_rows + r] = sum * scale + sum_of(offsets[r][b]);
+        if (kind == INT8) memcpy(&scale, o.w + o.row_bytes - sizeof scale, sizeof scale);
+        for (int b = 0; b < batch; b++) {
+            float sum = sum_of(sums[b][0] + sums[b][1] + (sums[b][2] + sums[b][3]));
+            if (kind == INT8) sum -= 128 * sum_of(*(const floats *)(o.sums + b * o.num_sums));
+            y[b * num_rows + r] = sum * scale;
         }
     }
 }
 
-INLINE void rows_of(int kind, const operands *o, long rows, int batch, float *y, long num_rows) {
-    operands at = *o;
-    for (; rows >= ROWS; rows -= ROWS, at.w += ROWS * o->row_bytes, y += ROWS) tile(kind, &at, ROWS, batch, y, num_rows);
-    for (; rows > 0; rows--, at.w += o->row_bytes, y++) tile(kind, &at, 1, batch, y, num_rows);
-}
-
-/* Some rows of W with up to BATCH rows of x. */
-#define DEFINE_ROWS(kind, name)                                                                                 \
-    static void name(const operands *o, long rows, int batch, float *y, long num_rows) {                        \
-        if (batch == 1) rows_of(kind, o, rows, 1, y, num_rows);                                                 \
-        if (batch == 2) rows_of(kind, o, rows, 2, y, num_rows);                                                 \
-        if (batch == 3) rows_of(kind, o, rows, 3 < BATCH ? 3 : BATCH, y, num_rows);                             \
-        if (batch == 4) rows_of(kind, o, rows, BATCH, y, num_rows);                                             \
+#define DEFINE_PRODUCTS(kind, name)                                                      \
+    static void name(const operands *o, long rows, int batch, float *y, long num_rows) { \
+        if (batch == 1) products(kind, *o, rows, 1, y, num_rows);                    \
+        if (batch == 2) products(kind, *o, rows, 2, y, num_rows);                    \
+        if (batch == 3) products(kind, *o, rows, 3 < BATCH ? 3 : BATCH, y, num_rows); \
+        if (batch == 4) products(kind, *o, rows, BATCH, y, num_rows);                \
     }
-DEFINE_ROWS(BF16, rows_bf16)
-DEFINE_ROWS(INT8, rows_int8)
-DEFINE_ROWS(INT4, rows_int4)
+DEFINE_PRODUCTS(BF16, all_bf16)
+DEFINE_PRODUCTS(INT8, all_int8)
+DEFINE_PRODUCTS(INT4, all_int4)
 
 /* One row of x, filled up with zeros, in the order in which the kind's tile reads it; and its sums. */
 static void prepare(int kind, const float *x, const operands *o, float *prepared, float *sums) {
     long n = o->num_cols;
-    if (kind == BF16) {
-        for (long i = 0; i < n / 2; i++) prepared[i] = x[2 * i], prepared[n / 2 + i] = x[2 * i + 1];
+    if (kind == BF16) { /* the even elements of a vector of words, then the odd ones */
+        for (long i = 0; i < n; i += 2 * LANES)
+            for (int word = 0; word < LANES; word++)
+                prepared[i + word] = x[i + 2 * word], prepared[i + LANES + word] = x[i + 2 * word + 1];
     } else if (kind == INT8) { /* byte i % 4 of word i / 4 */
         for (long i = 0; i < n; i += 4 * LANES, prepared += 4 * LANES, x += 4 * LANES)
             for (int k = 0; k < 4; k++)
@@ -182,12 +180,14 @@ static void prepare(int kind, const float *x, const operands *o, float *prepared
 /* y [batch, rows] = x [batch, cols] times the transpose of w [rows, cols]; all contiguous, cols even for BF16.
  * Returns 0, or 1 when there is no memory for a copy of x. */
 int linear(int kind, const char *w, const float *x, float *y, long batch, long rows, long cols, long row_bytes) {
-    static const long units[] = {2 * LANES, 4 * LANES, 8 * LANES}; /* of columns, by kind */
+    static const long units[] = {4 * LANES, 4 * LANES, 8 * LANES}; /* of columns, by kind */
     long num_groups = kind == INT4 ? (cols + GROUP - 1) / GROUP : 0;
     operands all = {w, row_bytes, .num_cols = (cols + units[kind] - 1) / units[kind] * units[kind]};
     all.num_groups = num_groups, all.num_sums = (num_groups / LANES + 1) * LANES;
-    float *room = calloc(all.num_cols + batch * (all.num_cols + all.num_sums), sizeof *room);
+    size_t num_bytes = (all.num_cols + batch * (all.num_cols + all.num_sums)) * sizeof(float);
+    float *room = aligned_alloc(sizeof(floats), num_bytes); /* each part of it is of whole vectors */
     if (!room) return 1;
+    memset(room, 0, num_bytes);
     float *prepared = room + all.num_cols, *sums = prepared + batch * all.num_cols;
     all.x = prepared, all.sums = sums;
     for (long b = 0; b < batch; b++) {
@@ -202,7 +202,7 @@ int linear(int kind, const char *w, const float *x, float *y, long batch, long r
             operands o = all;
             o.w += first * row_bytes, o.x += b * all.num_cols, o.sums += b * all.num_sums;
             int some = batch - b < BATCH ? batch - b : BATCH;
-            (kind == BF16 ? rows_bf16 : kind == INT8 ? rows_int8 : rows_int4)(&o, count, some, y + b * rows + first, rows);
+            (kind == BF16 ? all_bf16 : kind == INT8 ? all_int8 : all_int4)(&o, count, some, y + b * rows + first, rows);
         }
     }
     free(room);
