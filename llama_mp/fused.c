@@ -11,20 +11,6 @@
 enum { FP32, BF16 };
 enum { POSITIONS = 64, PARALLEL = 1 << 15 }; /* positions between two looks at the maximum; floats that pay for threads */
 
-INLINE float from_bf16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);                /* to nearest, ties to even */
-}
-
 INLINE float element(int kind, const char *from, long i) {
     return kind == FP32 ? ((const float *)from)[i] : from_bf16(((const uint16_t *)from)[i]);
 }
@@ -135,13 +121,20 @@ static long room_for(const attention *a) {
     return 2 * group * a->head_dim + 2 * a->head_dim + group * POSITIONS + 2 * group;
 }
 
+/* Told beforehand, since it lies in pieces that the processor would not guess. */
+INLINE void prefetch(const char *from, long num_bytes) {
+    for (long i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 /* The query heads that share KV head `kv`: softmax(q k / sqrt(head_dim)) v, some positions at a time (Milakov and
  * Gimelshein 2018: a running maximum, and what was summed before scaled to it). */
 static void attend_group(const attention *a, const row_of *row, long kv, float *room) {
     long D = a->head_dim, group = a->num_heads / a->num_kv_heads;
     float *q = room, *out = q + group * D, *loaded = out + group * D, *turned = loaded + D;
     float *scores = turned + D, *most = scores + group * POSITIONS, *total = most + group;
-    long element_bytes = a->kind == FP32 ? 4 : 2, at = kv * D * element_bytes;
+    long head_bytes = D * (a->kind == FP32 ? 4 : 2), at = kv * head_bytes;
+    const char *keys = row->keys + at, *values = row->values + at;
+    for (long p = 0; p <= row->position && p < POSITIONS; p++) prefetch(keys + p * a->position_bytes, head_bytes);
     rotate(row->heads + (a->num_heads + kv) * D, row->rotation, turned, D);
     store(a->kind, turned, row->keys + row->position * a->position_bytes + at, D);
     store(a->kind, row->heads + (a->num_heads + a->num_kv_heads + kv) * D,
@@ -156,7 +149,8 @@ static void attend_group(const attention *a, const row_of *row, long kv, float *
     for (long first = 0; first <= row->position; first += POSITIONS) {
         long count = row->position + 1 - first < POSITIONS ? row->position + 1 - first : POSITIONS;
         for (long p = 0; p < count; p++) {
-            load(a->kind, row->keys + (first + p) * a->position_bytes + at, loaded, D);
+            prefetch(values + (first + p) * a->position_bytes, head_bytes);
+            load(a->kind, keys + (first + p) * a->position_bytes, loaded, D);
             for (long g = 0; g < group; g++) scores[g * POSITIONS + p] = dot(q + g * D, loaded, D);
         }
         for (long g = 0; g < group; g++) {
@@ -170,7 +164,8 @@ static void attend_group(const attention *a, const row_of *row, long kv, float *
             total[g] = total[g] * shrink + sum, most[g] = high;
         }
         for (long p = 0; p < count; p++) {
-            load(a->kind, row->values + (first + p) * a->position_bytes + at, loaded, D);
+            prefetch(keys + (first + p + POSITIONS) * a->position_bytes, head_bytes);
+            load(a->kind, values + (first + p) * a->position_bytes, loaded, D);
             for (long g = 0; g < group; g++) add_scaled(out + g * D, scores[g * POSITIONS + p], loaded, D);
         }
     }

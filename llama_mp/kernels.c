@@ -10,8 +10,16 @@
 
 #include "vectors.h"
 
-enum { GROUP = 32, GROUPS = LANES / 4, CHAINS = 4, BATCH = LANES / 4, BLOCK = 16, AHEAD = 4096 };
+enum { GROUP = 32, GROUPS = LANES / 4, CHAINS = 4, BATCH = LANES / 4, BLOCK = 16, AHEAD = 4096, UNPACKED = 16 };
 enum { BF16, INT8, INT4 };
+
+INLINE float half_to_float(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+    return half & 0x8000 ? -value : value;
+}
 
 /* IEEE half in the low 16 bits to single: exact, but for infinities and NaN, which scales are not. */
 INLINE floats from_half(words half) {
@@ -93,12 +101,18 @@ INLINE void products_int8(const operands *o, int batch, floats (*sums)[CHAINS]) 
     }
 }
 
-/* Nibble k of each of a vector of words, GROUPS groups of four, k = 0 .. 7, likewise. */
+/* Nibble k of each of a vector of words, GROUPS groups of four, k = 0 .. 7, as 1 + nibble / 16: the highest bits of a
+ * mantissa, which costs less than converting an integer. */
+INLINE floats nibbles(words codes, int k) {
+    words highest = k < 5 ? codes << (19 - 4 * k) : codes >> (4 * k - 19);
+    return as_floats((highest & 0x00780000u) | 0x3f800000u);
+}
+
 INLINE floats sum_of_groups(words codes, const float *x) {
     floats low = {0}, high = {0};
     UNROLL for (int k = 0; k < 8; k += 2) {
-        low += values_of(codes & 15u << 4 * k) * *(const floats *)(x + k * LANES);
-        high += values_of(k < 6 ? codes & 15u << 4 * (k + 1) : codes >> 28) * *(const floats *)(x + (k + 1) * LANES);
+        low += nibbles(codes, k) * *(const floats *)(x + k * LANES);
+        high += nibbles(codes, k + 1) * *(const floats *)(x + (k + 1) * LANES);
     }
     return low + high;
 }
@@ -109,7 +123,7 @@ INLINE void products_int4(const operands *o, int batch, floats (*sums)[CHAINS]) 
     for (long i = 0; i < o->num_cols; i += LANES * GROUP) {
         words pairs = LOAD(ranges + i / GROUP * 4, end, room);
         __builtin_prefetch(ranges + i / GROUP * 4 + AHEAD);
-        floats scales = from_half(pairs & 0xffff), offsets = from_half(pairs >> 16);
+        floats scales = from_half(pairs & 0xffff) * 16.0f, offsets = from_half(pairs >> 16) - scales;
         UNROLL for (int b = 0; b < batch; b++)
             sums[b][0] += offsets * *(const floats *)(o->sums + b * o->num_sums + i / GROUP);
         UNROLL for (int quarter = 0; quarter < 4; quarter++) {
@@ -171,7 +185,7 @@ static void prepare(int kind, const float *x, const operands *o, float *prepared
             float *at = prepared + g / GROUPS * GROUPS * GROUP + g % GROUPS * 4;
             for (int k = 0; k < 8; k++)
                 for (int word = 0; word < 4; word++)
-                    at[k * LANES + word] = x[4 * word + k / 2 + k % 2 * GROUP / 2] * (k < 7 ? 1.0f / (1 << 4 * k) : 1.0f);
+                    at[k * LANES + word] = x[4 * word + k / 2 + k % 2 * GROUP / 2];
             for (int i = 0; i < GROUP; i++) sums[g] += x[i];
         }
     }
@@ -209,30 +223,45 @@ int linear(int kind, const char *w, const float *x, float *y, long batch, long r
     return 0;
 }
 
-/* matrix [rows, cols] in fp32 = what w [rows, cols] is packed from: INT8 or INT4. */
-void unpack(int kind, const char *w, float *matrix, long rows, long cols, long row_bytes) {
+/* `count` groups, up to UNPACKED of them, as floats. */
+static void unpack_groups(const uint8_t *codes, const uint16_t *ranges, long count, float *values) {
+    float low[UNPACKED * GROUP / 2], high[UNPACKED * GROUP / 2];
+    for (long i = 0; i < count * GROUP / 2; i++) low[i] = codes[i] & 15, high[i] = codes[i] >> 4;
+    for (long g = 0; g < count; g++, values += GROUP) {
+        float scale = half_to_float(ranges[2 * g]), offset = half_to_float(ranges[2 * g + 1]);
+        UNROLL for (int i = 0; i < GROUP / 2; i += LANES) {
+            *(floats *)(values + i) = *(floats *)(low + g * GROUP / 2 + i) * scale + offset;
+            *(floats *)(values + GROUP / 2 + i) = *(floats *)(high + g * GROUP / 2 + i) * scale + offset;
+        }
+    }
+}
+
+static void store(int is_bf16, const float *values, long first, long count, void *to) {
+    if (is_bf16)
+        for (long i = 0; i < count; i++) ((uint16_t *)to)[first + i] = to_bf16(values[i]);
+    else
+        memcpy((float *)to + first, values, count * sizeof *values);
+}
+
+/* matrix [rows, cols], in bf16 or fp32, = what w [rows, cols] is packed from: INT8 or INT4. */
+void unpack(int kind, const char *w, char *matrix, int is_bf16, long rows, long cols, long row_bytes) {
+    enum { MOST = UNPACKED * GROUP };
     long num_groups = (cols + GROUP - 1) / GROUP;
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
-        const char *row = w + r * row_bytes, *end = row + row_bytes;
-        float *to = matrix + r * cols;
-        if (kind == INT8) {
-            float scale;
-            memcpy(&scale, end - sizeof scale, sizeof scale);
-            for (long i = 0; i < cols; i++) to[i] = scale * (int8_t)row[i];
-            continue;
-        }
-        for (long g = 0; g < num_groups; g++) {
-            uint16_t range[2];
-            memcpy(range, row + num_groups * GROUP / 2 + 4 * g, sizeof range);
-            floats scale = from_half((words){range[0], range[1]});
-            const uint8_t *codes = (const uint8_t *)row + g * GROUP / 2;
-            float values[GROUP];
-            for (int i = 0; i < GROUP / 2; i++) {
-                values[i] = scale[0] * (codes[i] & 15) + scale[1];
-                values[GROUP / 2 + i] = scale[0] * (codes[i] >> 4) + scale[1];
+        const char *row = w + r * row_bytes;
+        void *to = matrix + r * cols * (is_bf16 ? 2 : 4);
+        float values[MOST], scale;
+        memcpy(&scale, row + row_bytes - sizeof scale, sizeof scale); /* of INT8 */
+        for (long first = 0; first < cols; first += MOST) {
+            long count = cols - first < MOST ? cols - first : MOST, g = first / GROUP;
+            if (kind == INT8) {
+                for (long i = 0; i < count; i++) values[i] = scale * ((const int8_t *)row)[first + i];
+            } else {
+                const uint16_t *ranges = (const uint16_t *)(row + num_groups * GROUP / 2) + 2 * g;
+                unpack_groups((const uint8_t *)row + first / 2, ranges, (count + GROUP - 1) / GROUP, values);
             }
-            memcpy(to + g * GROUP, values, (cols - g * GROUP < GROUP ? cols - g * GROUP : GROUP) * sizeof *to);
+            store(is_bf16, values, first, count, to);
         }
     }
 }

@@ -18,6 +18,7 @@ from llama_mp.cores import has_fast_bf16
 
 SOURCE = Path(__file__).with_name("kernels.c")
 KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of weights, in kernels.c
+UNPACKED = (torch.float32, torch.bfloat16)  # types that they make of packed weights
 MAX_ROWS = 8  # from here on arithmetic counts, which torch's blocked kernels do better
 
 
@@ -62,12 +63,12 @@ def unpacked(weight: torch.Tensor, num_cols: int, dtype: torch.dtype) -> torch.T
     """The matrix [out, num_cols] that `weight` is, or is packed from, in `dtype`."""
     if weight.is_floating_point():
         return weight.to(dtype)
-    if weight.device.type != "cpu" or not (library := load_kernels()):
+    if weight.device.type != "cpu" or dtype not in UNPACKED or not (library := load_kernels()):
         return quant.dequantize(weight, num_cols, dtype)
-    matrix = torch.empty(len(weight), num_cols)
+    matrix = torch.empty(len(weight), num_cols, dtype=dtype)
     addresses = weight.data_ptr(), matrix.data_ptr()
-    library.unpack(KINDS[weight.dtype], *addresses, len(weight), num_cols, row_bytes(weight))
-    return matrix.to(dtype)
+    library.unpack(KINDS[weight.dtype], *addresses, dtype is torch.bfloat16, *matrix.shape, row_bytes(weight))
+    return matrix
 
 
 def row_bytes(weight: torch.Tensor) -> int:
@@ -80,5 +81,5 @@ def load_kernels() -> ctypes.CDLL | None:
     library = load_library(SOURCE, NATIVE)
     if library is not None:
         library.linear.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 3 + [ctypes.c_long] * 4
-        library.unpack.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 2 + [ctypes.c_long] * 3
+        library.unpack.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int] + [ctypes.c_long] * 3
     return library
