@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +14,28 @@ import torch
 from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, needed_length
+from llama_mp.budget import Fitting
 from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, not_finite, open_source
 from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
-from llama_mp.fit import check_fits
 from llama_mp.flags import checked
 from llama_mp.kernels import load_library
-from llama_mp.layout import check_degree, fuse, shards
+from llama_mp.layout import Shard, check_degree, fuse, shards
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype, free_room
-from llama_mp.memory import RankMemory, Workload, padding_share, rank_memory
+from llama_mp.memory import RankMemory, padding_share
 from llama_mp.model import Transformer, build, fill
+from llama_mp.offload import Store, block_of, fill_streamed, open_store, weight_bytes_of
 from llama_mp.parallel import World, connect
 from llama_mp.prompts import Prompt
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 
 Messages = Sequence[Mapping[str, str]]
+Named = tuple[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class LLM:
         self.config, self.planned = checkpoint.config, RankMemory(0, 0, 0, 0)  # of the largest cache so far
         self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
         self.closed, self.shape = False, (0, 0)  # slots and positions of the largest cache
+        self.store: Store | None = None  # of blocks that wait elsewhere
         try:
             self.load(codec, answers)
         except BaseException:
@@ -107,13 +110,17 @@ class LLM:
                 self.codec.check_vocabulary(self.config.vocab_size)
             self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
         world.agree("precision", str(self.dtype), "give --dtype")
-        shape = world.tell(self.shape_for(answers))
+        self.fitting = Fitting(self.run, self.config, world.size, DTYPE_NAMES[self.dtype], world.device.type)
+        shape, largest = world.tell([self.shape_for(answers), self.largest_shape(answers)])
         with world.together():
+            self.fitting.settle(largest, free_room(world.device, world.local_size))
             self.check_fits(shape)
+            workload = self.fitting.workload(shape)
+            self.store = open_store(self.run, self.checkpoint.files, self.config, workload, world)
+        has_blocks = all(world.gather(self.store is not None and self.store.has_blocks))
         with world.together():
-            self.model = self.load_model(source)
-        held = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
-        read_and_held = world.gather([source.bytes_read, held])
+            self.model = self.load_model(source, has_blocks)
+        read_and_held = world.gather([source.bytes_read, weight_bytes_of(self.model)])
         self.warn_of_not_finite()
         self.loaded = Loaded(
             seconds=time.perf_counter() - start,
@@ -121,22 +128,32 @@ class LLM:
             weight_bytes=sum(held for _, held in read_and_held),
         )
 
-    def load_model(self, source: Source) -> Transformer:
-        """This rank's model."""
+    def load_model(self, source: Source, has_blocks: bool) -> Transformer:
+        """This rank's model. `has_blocks`: every rank's store has its blocks from an earlier run."""
         world = self.world
         if world.device.type == "cpu" and self.dtype is torch.bfloat16:
             load_library()  # built now, if it must be, and not during the first step
         model = build(self.config, world.size)
         wanted = fuse(shards(self.config, world.rank, world.size))
+        wanted = {name: shard for name, shard in wanted.items() if not (has_blocks and block_of(name))}
         parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)
         shown = tqdm(parameters, "loading", len(wanted), leave=False, disable=not self.shows_progress, unit=" tensors")
-        parameters = dict(shown)
-        self.not_finite = [source for name, shard in wanted.items() for source in not_finite(shard, parameters[name])]
-        fill(model, parameters)
+        parameters = self.watched(shown, wanted)
+        if self.store:
+            fill_streamed(model, parameters, self.store, world.device)
+        else:
+            fill(model, dict(parameters))
         if world.is_leader and (padding := padding_share(self.config, world.size)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
             self.say(f"{self.config.name} over {world.size} ranks: {cost}")
         return model
+
+    def watched(self, parameters: Iterable[Named], wanted: Mapping[str, Shard]) -> Iterator[Named]:
+        """`parameters` as they come, those that are not finite noted."""
+        self.not_finite: list[str] = []
+        for name, parameter in parameters:
+            self.not_finite += not_finite(wanted[name], parameter)
+            yield name, parameter
 
     def warn_of_not_finite(self) -> None:
         """Rank 0 names the tensors that hold NaN or infinity, once for all ranks. The run goes on."""
@@ -230,15 +247,17 @@ class LLM:
         num_slots = min(self.run.max_batch_size, sum(not answer.is_finished for answer in answers))
         return [max(1, num_slots), needed_length(answers, self.config, self.run.max_seq_len)]
 
+    def largest_shape(self, answers: Sequence[Answer]) -> list[int]:
+        """The same of any cache to come, where the answers are not known yet."""
+        if answers:
+            return self.shape_for(answers)
+        return [self.run.max_batch_size, self.run.max_seq_len or self.config.context_length]
+
     def check_fits(self, shape: Sequence[int]) -> None:
         """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room."""
-        batch_size, seq_len = shape
-        mp, device, dtype = self.world.size, self.world.device, DTYPE_NAMES[self.dtype]
-        workload = Workload(dtype=dtype, batch_size=batch_size, seq_len=max(2, seq_len), device=device.type)
-        if not self.run.force:
-            room = free_room(device, self.world.local_size)
-            check_fits(self.config, mp, workload, room, has_weights=self.model is not None)
-        self.planned = max(self.planned, rank_memory(self.config, mp, workload), key=lambda m: m.allocated_bytes)
+        room = free_room(self.world.device, self.world.local_size)
+        planned = self.fitting.check(shape, room, self.world.local_size, has_weights=self.model is not None)
+        self.planned = max(self.planned, planned, key=lambda m: m.allocated_bytes)
 
     # ---- around it ---------------------------------------------------------------------------------------------
 
@@ -254,6 +273,9 @@ class LLM:
         if self.closed:
             return
         self.model, self.closed = None, True
+        if self.store:
+            self.store.close()
+        self.store = None
         self.peak_memory.close()
         self.world.close()
 
@@ -279,8 +301,3 @@ def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> P
     if not isinstance(prompt, Sequence):
         raise RequestError(f"prompts[{index}] is a {type(prompt).__name__}, but must be a text or a list of messages")
     return Prompt(id=str(index), messages=tuple(prompt), sampling=sampling)
-
-
-def unique_parameters(model: Transformer) -> list[Any]:
-    """The parameters by storage: tied embeddings once."""
-    return list({p.data_ptr(): p for p in model.parameters()}.values())

@@ -18,6 +18,7 @@ INT8_SCALE_BYTES = 4  # an fp32 scale for each output channel
 INT4_GROUP = 32  # weights of a row that share a scale and a zero point, in fp16 each
 INT4_GROUP_BYTES = INT4_GROUP // 2 + 2 + 2
 BLOCK_SLOTS = 2  # offloading: one block computes while the next one comes
+ALIGNMENT = 64  # bytes, of a parameter in the buffer of its block: as torch aligns a tensor on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Workload:
     batch_size: int = 1
     seq_len: int = 2048
     device: Literal["cuda", "cpu"] = "cuda"
+    num_staying: int = 0  # blocks that stay on the device when the others wait elsewhere
 
     def __post_init__(self) -> None:
         check_at_least(self, batch_size=1, seq_len=2)
@@ -62,6 +64,7 @@ def rank_memory(config: ModelConfig, mp: int, workload: Workload) -> RankMemory:
 
     Loading and computing do not overlap: what one of them needs beside the weights, the other finds free again."""
     weights = device_weight_bytes(config, mp, workload)
+    weights += waiting_bytes(config, mp, workload) if workload.device == "cpu" else 0  # in the same memory
     cache = kv_cache_bytes(config, mp, workload.dtype, batch_size=workload.batch_size, seq_len=workload.seq_len)
     activations = max(pass_bytes(config, mp, workload), loading_bytes(config, mp, workload) - cache)
     return RankMemory(weights, cache, activations, runtime_bytes(mp, workload.device))
@@ -78,10 +81,11 @@ def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
 
 def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """Beside the weights while the last of them load: a chunk in fp32, and what is yet to be quantized."""
-    chunk = LOAD_ELEMENTS * FP32 if workload.device == "cpu" else LOAD_ELEMENTS * workload.element_bytes
+    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant)
+    elements = min(LOAD_ELEMENTS, max(shard.num_elements for shard in held.values()))
+    chunk = elements * (FP32 if workload.device == "cpu" else workload.element_bytes)
     if workload.quant == "none":
         return chunk
-    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant)
     largest = max(shard.num_elements for shard in held.values() if is_quantized(shard, workload.quant))
     return chunk + largest * workload.element_bytes
 
@@ -112,12 +116,14 @@ def shard_bytes(shard: Shard, quant: str, element_bytes: int) -> int:
 
 
 class WeightBytes(NamedTuple):
-    """Bytes of one rank's parameters: of one block, which are all alike; of what is outside of the blocks; and of the
-    embeddings among these, of which a step reads a few rows, unless they are the output matrix too."""
+    """Bytes of one rank's parameters: of one block, which are all alike; of what is outside of the blocks; of the
+    embeddings among these, of which a step reads a few rows, unless they are the output matrix too; and of the buffer
+    that holds one block where some wait elsewhere."""
 
     block: int
     others: int
     lookup: int
+    buffer: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -125,9 +131,10 @@ def parameters(config: ModelConfig, rank: int, mp: int, quant: str, dtype: str) 
     """Summed over one block, since the layout of each is the same."""
     held = run_time_shards(replace(config, num_layers=1), rank, mp, quant)
     sizes = {name: shard_bytes(shard, quant, BYTES_PER_ELEMENT[dtype]) for name, shard in held.items()}
-    block = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    block = [size for name, size in sizes.items() if name.startswith("layers.")]
     lookup = 0 if config.tied_embeddings else sizes["tok_embeddings.weight"]
-    return WeightBytes(block, sum(sizes.values()) - block, lookup)
+    buffer = sum(padded(size, ALIGNMENT) for size in block)
+    return WeightBytes(sum(block), sum(sizes.values()) - sum(block), lookup, buffer)
 
 
 def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str, quant: str = "none") -> int:
@@ -136,11 +143,27 @@ def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str, quant: str
     return config.num_layers * held.block + held.others
 
 
+def num_streamed(config: ModelConfig, workload: Workload) -> int:
+    """Blocks that come and go: none where all that do not stay would find a slot each."""
+    leaving = 0 if workload.offload == "none" else config.num_layers - workload.num_staying
+    return leaving if leaving > BLOCK_SLOTS else 0
+
+
 def device_weight_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
-    """Weights on the device: all of them; with offloading two blocks and what is outside of the blocks."""
+    """Weights on the device: all of them; with offloading what is outside of the blocks, those that stay, two slots."""
     held = parameters(config, 0, mp, workload.quant, workload.dtype)
-    num_blocks = config.num_layers if workload.offload == "none" else min(BLOCK_SLOTS, config.num_layers)
-    return num_blocks * held.block + held.others
+    streamed = num_streamed(config, workload)
+    if streamed == 0:
+        return config.num_layers * held.block + held.others
+    return (config.num_layers - streamed + BLOCK_SLOTS) * held.buffer + held.others
+
+
+def waiting_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Buffers of a rank in main memory: of the blocks that wait there, or on their way from the disk to a GPU."""
+    streamed = num_streamed(config, workload)
+    by_way = BLOCK_SLOTS if streamed and workload.device == "cuda" else 0  # a CPU reads into the slots themselves
+    num_buffers = streamed if workload.offload == "cpu" else by_way
+    return num_buffers * parameters(config, 0, mp, workload.quant, workload.dtype).buffer
 
 
 def decode_read_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
@@ -150,10 +173,8 @@ def decode_read_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
 
 
 def offloaded_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
-    """Blocks of one rank that wait in the host's memory or on disk."""
-    if workload.offload == "none":
-        return 0
-    return config.num_layers * parameters(config, 0, mp, workload.quant, workload.dtype).block
+    """What comes to the device of one rank in a step."""
+    return num_streamed(config, workload) * parameters(config, 0, mp, workload.quant, workload.dtype).block
 
 
 def checkpoint_bytes(config: ModelConfig, dtype: str) -> int:
@@ -199,5 +220,4 @@ def host_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     chunk in fp32 each and the blocks that wait there; on a CPU all that they hold."""
     if workload.device == "cpu":
         return mp * rank_memory(config, mp, workload).total_bytes
-    waiting = offloaded_bytes(config, mp, workload) if workload.offload == "cpu" else 0
-    return mp * (CUDA_HOST_BYTES + LOAD_ELEMENTS * FP32 + waiting)
+    return mp * (CUDA_HOST_BYTES + LOAD_ELEMENTS * FP32 + waiting_bytes(config, mp, workload))
