@@ -60,7 +60,7 @@ def test_what_this_version_cannot_do_is_not_advised_nor_more_ranks_in_one_memory
             with pytest.raises(RequestError) as refused:
                 check_fits(SEVEN, 1, WORK, room(free, is_shared=is_shared))
             text = str(refused.value)
-            assert "--force" in text and "--quant" not in text and "--offload" not in text
+            assert "--force" in text and "--quant" not in text
             assert ("--mp" in text) is (not is_shared and free > GIB)
 
 
