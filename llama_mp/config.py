@@ -151,12 +151,11 @@ class RunConfig(Flags):
         super().__post_init__()
         check_at_least(self, max_seq_len=2, max_batch_size=1)
         for name in ("device_memory_gib", "host_memory_gib"):
-            if getattr(self, name) is not None and self.offload == "none":
-                raise RequestError(
-                    f"--{name} is for blocks that wait elsewhere: give --offload cpu or disk, or drop it"
-                )
-            if not 0 < (getattr(self, name) or 1) < MAX_GIB:
-                raise RequestError(f"--{name} is {getattr(self, name)}, but must be above 0 and below {MAX_GIB}")
+            limit = getattr(self, name)
+            if limit is not None and self.offload == "none":
+                raise RequestError(f"--{name} is for blocks that wait elsewhere: give --offload cpu or disk too")
+            if limit is not None and not 0 < limit < MAX_GIB:
+                raise RequestError(f"--{name} is {limit}, but must be above 0 and below {MAX_GIB}")
         threads_asked()  # wrong ones are refused with the request, before any rank starts
         if not 0 < self.step_timeout <= MAX_TIMEOUT_S:
             raise RequestError(
