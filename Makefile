@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-plan bench-reshard clean
+.PHONY: help demo test test-slow lint bench bench-offload bench-plan bench-reshard clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -19,6 +19,7 @@ help:
 	@echo 'make lint           style: ruff check, ruff format --check'
 	@echo 'make bench          decode speed beside Hugging Face, on the CPU'
 	@echo 'make bench-reshard  resharding beside cp and a short script; 13 GB of disk and of memory'
+	@echo 'make bench-offload  blocks from the disk, and to a GPU, beside the rates of disk and bus'
 	@echo 'make bench-plan     planned memory beside measured: ten minutes'
 	@echo 'make clean          remove build output and caches; .venv stays (rm -r .venv removes it)'
 	@echo 'On a machine with a GPU: .venv/bin/python -m pytest -m gpu'
@@ -44,6 +45,9 @@ bench: .venv/.installed-test
 
 bench-reshard: .venv/.installed-test
 	$(PY) benchmarks/reshard.py
+
+bench-offload: .venv/.installed-test
+	$(PY) benchmarks/offload.py
 
 bench-plan: .venv/.installed-test
 	$(PY) benchmarks/plan.py

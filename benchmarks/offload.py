@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,8 +106,8 @@ def main(flags: BenchFlags) -> None:
 
 def in_process(part: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What `part` returns in a process of its own: another one's leavings would hide memory that it takes."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(part, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(part, *arguments).result()
 
 
 def generated(flags: BenchFlags, place: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from llama_mp.advice import largest
 from llama_mp.config import ModelConfig, RunConfig
 from llama_mp.errors import RequestError
 from llama_mp.fit import Room, check_fits, free_host_bytes
-from llama_mp.memory import BLOCK_SLOTS, RankMemory, Workload, num_streamed, rank_memory, waiting_bytes
+from llama_mp.memory import BLOCK_SLOTS, RankMemory, Workload, later_bytes, num_streamed, rank_memory, waiting_bytes
 
 GIB = 2**30
 ROUNDING = 1e4  # of GiB in errors: what they say is enough, to 0.1 MiB
@@ -42,7 +42,7 @@ class Fitting:
 
     def settle(self, shape: Sequence[int], room: Room) -> None:
         """Let as many blocks stay as `room` and the flags hold beside a cache of `shape`; none, if they hold none."""
-        allowed = min([room.free_bytes, *self.device_limits()])
+        allowed = min([room.free_bytes - later_bytes(self.mp, self.device), *self.device_limits()])
         workload = self.workload(shape)
 
         def fits(count: int) -> bool:

@@ -30,11 +30,10 @@ from llama_mp.memory import RankMemory, padding_share
 from llama_mp.model import Transformer, build, fill
 from llama_mp.offload import Store, block_of, fill_streamed, open_store, weight_bytes_of
 from llama_mp.parallel import World, connect
-from llama_mp.prompts import Prompt
+from llama_mp.prompts import Messages, as_prompt
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 
-Messages = Sequence[Mapping[str, str]]
 Named = tuple[str, torch.Tensor]
 
 
@@ -141,6 +140,8 @@ class LLM:
         parameters = self.watched(shown, wanted)
         if self.store:
             fill_streamed(model, parameters, self.store, world.device)
+            if self.not_finite:
+                self.store.forget()  # so that the next run warns as well
         else:
             fill(model, dict(parameters))
         if world.is_leader and (padding := padding_share(self.config, world.size)):
@@ -292,12 +293,3 @@ class LLM:
             self.close()
         else:
             self.close_alone()
-
-
-def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> Prompt:
-    """`prompt` as infer would read it from a file; its id, which the randomness hangs on, is its index."""
-    if isinstance(prompt, str):
-        return Prompt(id=str(index), text=prompt, sampling=sampling)
-    if not isinstance(prompt, Sequence):
-        raise RequestError(f"prompts[{index}] is a {type(prompt).__name__}, but must be a text or a list of messages")
-    return Prompt(id=str(index), messages=tuple(prompt), sampling=sampling)

@@ -209,6 +209,14 @@ CPU_RUNTIME_BYTES = 165_000_000
 CUBLAS_BYTES = 32 << 20
 
 
+CUDA_LATER_BYTES = 200_000_000  # of the above, what kernels and cuBLAS take as they are used first: an estimate
+
+
+def later_bytes(mp: int, device: str) -> int:
+    """What a process takes on its device once it computes, and what is free before does not show."""
+    return 0 if device == "cpu" else CUDA_LATER_BYTES + runtime_bytes(mp, device) - CUDA_RUNTIME_BYTES
+
+
 def runtime_bytes(mp: int, device: str) -> int:
     if device == "cpu":
         return CPU_RUNTIME_BYTES

@@ -31,6 +31,9 @@ class Store(Protocol):
     def finish(self) -> tuple[Packing, dict[int, torch.Tensor], Carrier]:
         """How a block is packed, the buffers of those that stay on the device, and what brings the others."""
 
+    def forget(self) -> None:
+        """Keep nothing for later runs."""
+
     def close(self) -> None: ...
 
 
@@ -60,6 +63,9 @@ class HostStore:
 
     def read(self, index: int, flat: torch.Tensor) -> None:
         np.copyto(flat.numpy(), self.waiting[index].numpy())  # torch's copy would wake a second team of threads
+
+    def forget(self) -> None:
+        pass
 
     def close(self) -> None:
         if self.carrier:
@@ -104,6 +110,9 @@ class DiskStore:
 
     def read(self, index: int, flat: torch.Tensor) -> None:
         self.file.read(index, memoryview(flat.numpy()))
+
+    def forget(self) -> None:
+        self.file.forget()
 
     def close(self) -> None:
         if self.carrier:

@@ -107,6 +107,7 @@ class BlockFile:
 
     def write(self, block: int, content: memoryview) -> None:
         """Raises RequestError when the disk is full."""
+        assert len(content) == self.block_bytes, f"{len(content)} bytes for a block of {self.block_bytes}"
         self.checksums[block] = [zlib.crc32(content[start:stop]) for start, stop in self.chunks()]
         try:
             for start, stop in self.chunks():
@@ -158,9 +159,13 @@ class BlockFile:
             if isinstance(error, OSError):
                 raise RunError(f"{self.path} cannot be read: {error.strerror}; see to the disk it is on") from error
         if not all(found):
-            (self.folder / "index.json").unlink(missing_ok=True)
+            self.forget()
             raise RunError(f"{self.path} was damaged in block {block}: run again, and it is written anew")
         self.unchecked.discard(block)
+
+    def forget(self) -> None:
+        """Have the next run write the blocks anew."""
+        (self.folder / "index.json").unlink(missing_ok=True)
 
     def close(self) -> None:
         """No read may be going on."""

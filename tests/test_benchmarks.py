@@ -1,4 +1,4 @@
-"""benchmarks/reshard.py on a model of a few megabytes: it runs, compares equal work, tells the states of its input."""
+"""The benchmarks on models of a few megabytes: they run, compare equal work, tell the states of their input."""
 
 import json
 import sys
@@ -42,3 +42,16 @@ def test_help_shows_the_degrees_as_they_are_given():
 def test_a_folder_without_room_is_refused(tmp_path):
     refusal = run(sys.executable, ROOT / "benchmarks" / "reshard.py", "--dim", "65536", "--folder", tmp_path).refusal
     assert "GB free, and 3 x " in refusal
+
+
+@pytest.mark.slow
+def test_blocks_from_the_disk_are_measured_beside_the_disk(tmp_path):
+    flags = ("--size", "smollm2-135m", "--layers", "12", "--budget_gib", "0.1", "--pairs", "1", "--gen_len", "2")
+    done = run(sys.executable, ROOT / "benchmarks" / "offload.py", *flags, "--folder", tmp_path)
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["disk_rate"]["ratio"] > 0
+    for part in ("disk_written", "disk_found"):
+        assert 0.8 < result[part]["peak_to_budget"] < 1.3
+        assert result[part]["gb_per_token"] < result[part]["weights_gb"]
+    assert list(tmp_path.iterdir()) == []

@@ -96,12 +96,12 @@ def terminal(commands: str, folder: Path, home: Path) -> tuple[int, str]:
     return done.code, done.stdout
 
 
-def with_speed(page: str) -> object:
-    """A bench takes its time: its verb has quick tests of its own."""
-    return pytest.param(page, marks=pytest.mark.slow) if page == "bench.md" else page
+def with_patience(page: str) -> object:
+    """A bench takes its time, and so do blocks from the disk: both have quick tests of their own."""
+    return pytest.param(page, marks=pytest.mark.slow) if page in ("bench.md", "offload.md") else page
 
 
-@pytest.mark.parametrize("page", [with_speed(page) for page in PAGES])
+@pytest.mark.parametrize("page", [with_patience(page) for page in PAGES])
 def test_every_command_of_a_page_prints_what_it_shows(page: str, tmp_path: Path, home: Path) -> None:
     for name in ("launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -88,16 +88,16 @@ def streamed_batch(folder: Path, tokenizer: Path, cache: str, runs: list[dict]) 
     return found
 
 
-@pytest.mark.parametrize("mp", [1, 2, 3])
+BUDGETS = [("cpu", 0), ("cpu", 3), ("cpu", 7), ("disk", 0), ("disk", 2)]
+
+
+@pytest.mark.parametrize(("mp", "budgets"), [(1, BUDGETS), (2, BUDGETS[::4]), (3, BUDGETS[1:4:2])])
 def test_tokens_are_those_of_a_resident_model(
-    ranks: Ranks, folder: Path, tokenizer_file: Path, tmp_path: Path, expected: list[list[int]], mp: int
+    ranks: Ranks, folder: Path, tokenizer_file: Path, tmp_path: Path, expected: list[list[int]], mp: int, budgets: list
 ) -> None:
-    budgets = [("cpu", 0), ("cpu", 3), ("cpu", 7), ("disk", 0), ("disk", 2)]
     runs = [{"offload": place, "device_memory_gib": gib(place, stay, mp)} for place, stay in budgets]
-    found = ranks.run(
-        mp, streamed_batch, folder=folder, tokenizer=tokenizer_file, cache=str(tmp_path), runs=[{}, *runs]
-    )[0]
-    assert [len(order) for order, _ in found] == [0, 7, 4, 0, 7, 5]
+    found = ranks.run(mp, streamed_batch, folder=folder, tokenizer=tokenizer_file, cache=str(tmp_path), runs=runs)[0]
+    assert [len(order) for order, _ in found] == [CONFIG.num_layers - stay for _, stay in budgets]
     assert [tokens for _, tokens in found] == [expected] * len(found)
 
 
