@@ -5,6 +5,7 @@ layers was, and hands out the same blocks in the same order. While one computes 
 other; after the last one comes the first, for the next token.
 """
 
+import mmap
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from llama_mp.errors import RunError
 from llama_mp.layout import padded
 from llama_mp.memory import ALIGNMENT, BLOCK_SLOTS
 
+PRIVATE_PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 # Fills a flat buffer in main memory with the bytes of a block.
 Read = Callable[[int, torch.Tensor], None]
 
@@ -85,9 +87,9 @@ def place_in(block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """A flat buffer in main memory, from which a GPU can copy by itself. torch's own pinned memory comes in powers of
-    two, up to twice what is asked for: these are pages of the usual kind, pinned afterwards."""
-    flat = torch.empty(num_bytes, dtype=torch.uint8)
+    """A flat buffer in main memory, from which a GPU can copy by itself: pages of its own, pinned afterwards. torch's
+    pinned memory comes in powers of two, up to twice what is asked for; malloc's may share pages, which pin once."""
+    flat = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=PRIVATE_PAGES), dtype=torch.uint8)
     if device.type == "cuda":
         cudart = torch.cuda.cudart()
         if status := int(cudart.cudaHostRegister(flat.data_ptr(), num_bytes, 0)):

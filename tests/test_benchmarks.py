@@ -52,6 +52,6 @@ def test_blocks_from_the_disk_are_measured_beside_the_disk(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["disk_rate"]["ratio"] > 0
     for part in ("disk_written", "disk_found"):
-        assert 0.8 < result[part]["peak_to_budget"] < 1.3
+        assert 0.5 < result[part]["peak_to_budget"] < 1.3
         assert result[part]["gb_per_token"] < result[part]["weights_gb"]
     assert list(tmp_path.iterdir()) == []
