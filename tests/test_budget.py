@@ -174,8 +174,8 @@ for flags in json.loads(sys.argv[1]):
 
 
 def test_a_model_of_three_times_the_budget_runs_within_it_from_the_disk(tmp_path: Path) -> None:
-    shape = {"dim": 256, "num_layers": 68, "num_heads": 8, "num_kv_heads": 4, "hidden_dim": 768, "vocab_size": 500}
-    config, limit = ModelConfig(name="deep", embedding_axis=0, **shape), 64 << 20
+    shape = {"dim": 512, "num_layers": 12, "num_heads": 8, "num_kv_heads": 4, "hidden_dim": 2560, "vocab_size": 500}
+    config, limit = ModelConfig(name="deep", embedding_axis=0, **shape), 72 << 20
     block = random_tensors(replace(config, num_layers=1), torch.bfloat16)
     tensors = {name: block[re.sub(r"layers\.\d+", "layers.0", name)] for name in global_shapes(config)}
     write_meta(tmp_path / "deep", config, tensors, 1)
@@ -188,5 +188,5 @@ def test_a_model_of_three_times_the_budget_runs_within_it_from_the_disk(tmp_path
     assert first[0] == second[0]
     for _, peak, planned, weights in (first, second):
         assert weights > 3 * limit
-        assert 0.9 * limit < planned <= limit
+        assert 0.7 * limit < planned <= limit
         assert peak <= 1.1 * limit
