@@ -1,6 +1,7 @@
 """Loading a model whose blocks wait in main memory or on the disk: each leaves the device before the next one loads."""
 
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -138,7 +139,10 @@ def open_store(
     except OSError as error:
         raise RequestError(f"--offload disk has no place for its file: {error}") from error
     buffer_bytes = parameters(config, world.rank, world.size, workload.quant, workload.dtype).buffer
-    return DiskStore(BlockFile(folder, config.num_layers, buffer_bytes), streamed, world.device)
+    file = BlockFile(folder, config.num_layers, buffer_bytes)
+    if file.told is None and world.is_leader:
+        print(f"writing {file.file_bytes / 1e9:.2f} GB of blocks to {folder}, this once", file=sys.stderr, flush=True)
+    return DiskStore(file, streamed, world.device)
 
 
 def fill_streamed(

@@ -58,16 +58,17 @@ class BlockFile:
         """What `finish` was told, of a file that is there as it was left, opened; else None."""
         try:
             index = json.loads((self.folder / "index.json").read_bytes())
-            self.checksums = index["checksums"]
-            self.file = self.path.open("rb", buffering=0)
+            told, block_bytes, self.checksums = index["told"], index["block_bytes"], index["checksums"]
             shape = [len(self.checksums), *{len(block) for block in self.checksums}]
+            file = self.path.open("rb", buffering=0)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        sizes = index.get("block_bytes"), os.fstat(self.file.fileno()).st_size
-        if shape == [self.num_blocks, self.num_chunks] and sizes == (self.block_bytes, self.file_bytes):
-            return index["told"]
-        self.file.close()
-        return None
+        sizes = block_bytes, os.fstat(file.fileno()).st_size
+        if shape != [self.num_blocks, self.num_chunks] or sizes != (self.block_bytes, self.file_bytes):
+            file.close()
+            return None
+        self.file = file
+        return told
 
     @property
     def num_chunks(self) -> int:

@@ -64,6 +64,12 @@ def test_what_this_version_cannot_do_is_not_advised_nor_more_ranks_in_one_memory
             assert ("--mp" in text) is (not is_shared and free > GIB)
 
 
+def test_in_main_memory_too_blocks_may_wait_on_the_disk() -> None:
+    work = Workload(dtype="bf16", seq_len=512, device="cpu")
+    with pytest.raises(RequestError, match=r"7B over 1 rank .* give .*--offload disk.*, or --force to try"):
+        check_fits(SEVEN, 1, work, Room(4 * GIB, "for it in main memory", is_shared=True))
+
+
 # ---- free memory -------------------------------------------------------------------------------------------------
 
 

@@ -56,13 +56,24 @@ def test_a_run_that_ended_before_the_end_leaves_nothing_that_is_used(tmp_path: P
     assert file.told is None
     write(file)
     file.close()
-    for num_blocks, block_bytes in ((3, 9_000), (2, 10_000)):  # of another shape
+    for num_blocks, block_bytes in ((3, 9_000), (2, 10_000), (3, 50_000)):  # of another shape
         other = BlockFile(tmp_path, num_blocks, block_bytes)
         assert other.told is None
         other.close()
         file = open_file(tmp_path)
         write(file)
         file.close()
+
+
+@pytest.mark.parametrize("index", ["", "{", "[]", "{}", '{"told": 1, "block_bytes": 10000, "checksums": 5}'])
+def test_an_index_that_says_nothing_is_none(tmp_path: Path, index: str) -> None:
+    file = open_file(tmp_path)
+    write(file)
+    file.close()
+    (tmp_path / "index.json").write_text(index)
+    file = open_file(tmp_path)
+    assert file.told is None
+    file.close()
 
 
 def test_two_runs_do_not_write_at_once(tmp_path: Path) -> None:

@@ -101,6 +101,18 @@ def test_tokens_are_those_of_a_resident_model(
     assert [tokens for _, tokens in found] == [expected] * len(found)
 
 
+def test_ranks_load_together_where_one_of_them_lost_its_file(
+    ranks: Ranks, folder: Path, tokenizer_file: Path, tmp_path: Path, expected: list[list[int]]
+) -> None:
+    runs = [{"offload": "disk", "device_memory_gib": gib("disk", 1, 2)}]
+    arguments = {"folder": folder, "tokenizer": tokenizer_file, "cache": str(tmp_path), "runs": runs}
+    for _ in range(2):
+        assert [tokens for _, tokens in ranks.run(2, streamed_batch, **arguments)[0]] == [expected]
+        first, second = (tmp_path / "llama-mp" / "blocks").iterdir()
+        os.truncate(first / "blocks", 100)
+    assert (second / "index.json").exists()
+
+
 def test_bf16_gives_the_same_tokens_too(folder: Path, tokenizer_file: Path, cache: Path) -> None:
     found = []
     for place, limit in (("none", None), ("cpu", gib("cpu", 0)), ("disk", gib("disk", 0))):
