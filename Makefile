@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-offload bench-plan bench-reshard clean
+.PHONY: help demo test test-slow lint bench bench-offload bench-plan bench-quality bench-reshard clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench-reshard  resharding beside cp and a short script; 13 GB of disk and of memory'
 	@echo 'make bench-offload  blocks from the disk, and to a GPU, beside the rates of disk and bus'
 	@echo 'make bench-plan     planned memory beside measured: ten minutes'
+	@echo 'make bench-quality  perplexity in fp32, bf16, int8 and int4: ten minutes'
 	@echo 'make clean          remove build output and caches; .venv stays (rm -r .venv removes it)'
 	@echo 'On a machine with a GPU: .venv/bin/python -m pytest -m gpu'
 
@@ -48,6 +49,9 @@ bench-reshard: .venv/.installed-test
 
 bench-offload: .venv/.installed-test
 	$(PY) benchmarks/offload.py
+
+bench-quality: .venv/.installed-test
+	$(PY) benchmarks/quality.py
 
 bench-plan: .venv/.installed-test
 	$(PY) benchmarks/plan.py

@@ -11,13 +11,13 @@ Examples:
 from llama_mp import cli
 from llama_mp.bench import BenchFlags, find_model
 from llama_mp.launcher import check_ranks, launch, must_launch
-from llama_mp.layout import check_degree
+from llama_mp.memory import check_layout
 
 
 def main(flags: BenchFlags) -> int:
     ranks = check_ranks(flags.mp)
     checkpoint = find_model(flags)
-    check_degree(checkpoint.config, ranks)
+    check_layout(checkpoint.config, ranks, flags.quant)
     flags.completed(checkpoint.config)  # refuses rows that do not fit before any rank starts
     if must_launch(ranks):
         return launch(ranks)

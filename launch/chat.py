@@ -12,15 +12,15 @@ import sys
 from llama_mp import cli
 from llama_mp.chat import Chat, ChatFlags
 from llama_mp.launcher import check_ranks, launch, must_launch
-from llama_mp.layout import check_degree
 from llama_mp.locate import Checkpoint, locate
+from llama_mp.memory import check_layout
 from llama_mp.terminal import restored_terminal
 
 
 def main(flags: ChatFlags) -> int:
     ranks = check_ranks(flags.mp)
     checkpoint = locate(flags)
-    check_degree(checkpoint.config, ranks)
+    check_layout(checkpoint.config, ranks, flags.quant)
     is_leader = os.environ.get("RANK", "0") == "0"
     chat = Chat(flags, checkpoint) if is_leader else None  # refuses before any rank starts and any weight is read
     if must_launch(ranks):

@@ -12,14 +12,14 @@ import sys
 from llama_mp import cli
 from llama_mp.batch import Batch, InferFlags
 from llama_mp.launcher import check_ranks, launch, must_launch
-from llama_mp.layout import check_degree
 from llama_mp.locate import Checkpoint, locate
+from llama_mp.memory import check_layout
 
 
 def main(flags: InferFlags) -> int:
     ranks = check_ranks(flags.mp)
     checkpoint = locate(flags)
-    check_degree(checkpoint.config, ranks)
+    check_layout(checkpoint.config, ranks, flags.quant)
     if must_launch(ranks):
         if not flags.reads_standard_input:
             with Batch.open(flags, checkpoint) as batch:  # refuse, or find nothing to do, before any rank starts

@@ -25,14 +25,14 @@ class Sizes(NamedTuple):
     e: int
 
 
-def sizes_of(config: ModelConfig, mp: int, element_bytes: int) -> Sizes:
+def sizes_of(config: ModelConfig, mp: int, element_bytes: int, hidden_unit: int = 1) -> Sizes:
     num_kv, num_queries = heads_per_rank(config, mp)
     return Sizes(
         C=config.dim,
         H=num_queries,
         K=num_kv,
         D=config.head_dim,
-        F=padded(config.hidden_dim, mp) // mp,
+        F=padded(config.hidden_dim, mp * hidden_unit) // mp,
         V=padded(config.vocab_size, mp),
         mp=mp,
         e=element_bytes,

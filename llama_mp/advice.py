@@ -9,13 +9,13 @@ from llama_mp.memory import (
     BYTES_PER_ELEMENT,
     RankMemory,
     Workload,
+    can_quantize,
     decode_read_bytes,
     kv_cache_bytes,
     offloaded_bytes,
     rank_memory,
 )
 
-NOT_YET = " (not in this version yet)"  # of --quant
 PCIE_BYTES_PER_S = 25e9  # PCIe 4.0 x16 from pinned memory: 32e9 in theory, 25e9 in practice
 DISK_BYTES_PER_S = 3e9  # an NVMe drive
 MAX_BATCH = 1 << 16
@@ -42,8 +42,7 @@ class Option(NamedTuple):
 
     def __str__(self) -> str:
         speed = "" if self.tokens_per_s is None else f", at most {rate(self.tokens_per_s)}"
-        coming = NOT_YET if "--quant" in self.flags else ""
-        return f"{self.flags}: {self.memory.total_bytes / 1e9:.2f} GB per rank{speed}{coming}"
+        return f"{self.flags}: {self.memory.total_bytes / 1e9:.2f} GB per rank{speed}"
 
 
 def rate(tokens_per_s: float) -> str:
@@ -51,7 +50,8 @@ def rate(tokens_per_s: float) -> str:
 
 
 def fits(config: ModelConfig, mp: int, workload: Workload, device: Device) -> bool:
-    return rank_memory(config, mp, workload).total_bytes <= device.room_bytes
+    has_room = rank_memory(config, mp, workload).total_bytes <= device.room_bytes
+    return has_room and can_quantize(config, mp, workload.quant)
 
 
 def with_staying(config: ModelConfig, mp: int, workload: Workload, device: Device) -> Workload:

@@ -141,7 +141,7 @@ def answers_to(prompts: list[Prompt], codec: Codec, flags: InferFlags) -> list[A
 
 def identity(flags: InferFlags, checkpoint: Checkpoint, codec: Codec, prompts: list[Prompt]) -> dict[str, Any]:
     """The fingerprint of a run: what changes its results, and nothing else."""
-    names = [f.name for f in fields(SamplingConfig)] + ["dtype", "max_seq_len"]
+    names = [f.name for f in fields(SamplingConfig)] + ["dtype", "quant", "max_seq_len"]
     model = {
         "files": {file.name: sample_digest(file) for file in checkpoint.files},
         "tokenizer": sample_digest(checkpoint.tokenizer),

@@ -33,6 +33,7 @@ class Fitting:
         num_slots, seq_len = shape
         return Workload(
             dtype=self.dtype,
+            quant=self.run.quant,
             offload=self.run.offload,
             num_staying=self.num_staying,
             batch_size=num_slots,

@@ -138,6 +138,7 @@ class RunConfig(Flags):
     tokenizer: Path | None = flag(None, "tokenizer file; default: beside the checkpoint, one folder up, or in the GGUF")
     chat_format: Literal["auto", "llama2", "llama3"] = flag("auto", "how chats are written; auto: the model's template")
     dtype: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = flag("auto", "precision of weights and computation")
+    quant: Literal["none", "int8", "int4"] = flag("none", "weights of the matrices in fewer bits")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the model runs")
     offload: Literal["none", "cpu", "disk"] = flag("none", "where blocks wait that come to the device one at a time")
     device_memory_gib: float | None = flag(None, "GiB a rank may take there with --offload; default: what is free")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_mp.advice import NOT_YET, Device, Option, advice
+from llama_mp.advice import Device, Option, advice
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError
 from llama_mp.memory import RankMemory, Workload, rank_memory
@@ -36,9 +36,10 @@ def check_fits(config: ModelConfig, mp: int, workload: Workload, room: Room, *, 
         return
     parts = [] if has_weights else [f"{memory.weights_bytes / GB:.2f} GB of weights"]
     rows = f"{workload.batch_size} x {workload.seq_len} tokens"
+    kind = workload.dtype + ("" if workload.quant == "none" else f" with weights in {workload.quant}")
     parts.append(f"{memory.kv_cache_bytes / GB:.2f} GB of cache for {rows}")
     raise RequestError(
-        f"{config.name} over {mp} rank{'s' * (mp > 1)} in {workload.dtype} does not fit: a rank needs "
+        f"{config.name} over {mp} rank{'s' * (mp > 1)} in {kind} does not fit: a rank needs "
         f"{' and '.join(parts)}, and {room.free_bytes / GB:.2f} GB are free {room.where}; "
         f"{remedy(config, mp, workload, room, memory, has_weights=has_weights)}"
     )
@@ -50,7 +51,7 @@ def remedy(
     """The plan's best advice of what this version can do."""
     there = memory.runtime_bytes + (memory.weights_bytes if has_weights else 0)
     device = Device(room.free_bytes + there, None, workload.dtype == "bf16", more_ranks_help=not room.is_shared)
-    options = [option for option in advice(config, mp, workload, device) if NOT_YET not in str(option)]
+    options = advice(config, mp, workload, device)
     ways = " or ".join(as_flags(option) for option in options[:2])
     return f"give {ways}, or --force to try" if ways else "free some memory, or give --force to try"
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from llama_mp import quant
 from llama_mp.errors import rank_zero_speaks
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -30,7 +31,9 @@ MAX_ROWS = 3  # from here on arithmetic counts, which torch's blocked kernels do
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`F.linear(x, weight)` for x [N, in] and weight [out, in]."""
+    """`F.linear(x, weight)` for x [N, in] and weight [out, in], which may be packed (quant.py)."""
+    if not weight.is_floating_point():
+        return quant.linear(x, weight)
     suits = x.dtype is torch.bfloat16 and len(x) < MAX_ROWS and x.device.type == "cpu" and weight.shape[1] % 2 == 0
     return linear_bf16(x, weight) if suits and load_library() else F.linear(x, weight)
 

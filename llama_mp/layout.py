@@ -120,15 +120,17 @@ def joined_shape(name: str, parts: Sequence[tuple[int, ...]], embedding_axis: in
     return tuple(sum(part[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0]))
 
 
-def shards(config: ModelConfig, rank: int, mp: int, *, embedding_axis: int = 0) -> dict[str, Shard]:
+def shards(
+    config: ModelConfig, rank: int, mp: int, *, embedding_axis: int = 0, hidden_unit: int = 1
+) -> dict[str, Shard]:
     """The parameters of `rank` of `mp`. At run time embeddings are split by vocabulary (axis 0), in Meta's
-    LLaMA 1 and 2 files by model dimension (axis 1)."""
+    LLaMA 1 and 2 files by model dimension (axis 1). The hidden size is cut into whole `hidden_unit`s."""
     check_degree(config, mp, embedding_axis)
     assert 0 <= rank < mp, f"rank {rank} of {mp}"
     runs = {
         "query": head_runs(query_slots(config, rank, mp), config.head_dim),
         "kv": head_runs(kv_slots(config, rank, mp), config.head_dim),
-        "hidden": chunk_runs(config.hidden_dim, rank, mp),
+        "hidden": chunk_runs(config.hidden_dim, rank, mp, hidden_unit),
         "vocab": chunk_runs(config.vocab_size, rank, mp),
         "dim": chunk_runs(config.dim, rank, mp),
     }
@@ -221,21 +223,21 @@ def head_runs(slots: Sequence[int | None], head_dim: int) -> tuple[int, list[tup
     return len(slots) * head_dim, runs
 
 
-def chunk_runs(total: int, rank: int, mp: int) -> tuple[int, list[tuple[Span, int]]]:
-    """`total` elements in mp equal chunks, zeros at the end of the last ones: this rank's (length, runs)."""
-    length = padded(total, mp) // mp
+def chunk_runs(total: int, rank: int, mp: int, unit: int = 1) -> tuple[int, list[tuple[Span, int]]]:
+    """`total` elements in mp equal chunks of whole units, zeros at the end of the last ones: (length, runs)."""
+    length = padded(total, mp * unit) // mp
     span = Span(min(rank * length, total), min((rank + 1) * length, total))
     return length, [(span, 0)] if len(span) else []
 
 
-def padded_sizes(config: ModelConfig, mp: int) -> dict[str, int]:
+def padded_sizes(config: ModelConfig, mp: int, hidden_unit: int = 1) -> dict[str, int]:
     """The sizes of which mp ranks together hold more than the model has, with what they hold: zeros fill them up,
     and KV heads are there several times."""
     num_kv, num_queries = heads_per_rank(config, mp)
     held = {
         "num_heads": num_queries * mp,
         "num_kv_heads": num_kv * mp,
-        "hidden_dim": padded(config.hidden_dim, mp),
+        "hidden_dim": padded(config.hidden_dim, mp * hidden_unit),
         "vocab_size": padded(config.vocab_size, mp),
     }
     return {name: size for name, size in held.items() if size != getattr(config, name)}

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +16,23 @@ from tqdm import tqdm
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.budget import Fitting
 from llama_mp.cache import KVCache
-from llama_mp.checkpoint.load import load_shards, not_finite, open_source
+from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
 from llama_mp.flags import checked
 from llama_mp.kernels import load_library
-from llama_mp.layout import Shard, check_degree, fuse, shards
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import DTYPE_NAMES, PeakMemory, choose_dtype, free_room
-from llama_mp.memory import RankMemory, padding_share
+from llama_mp.memory import RankMemory, check_layout, padding_share, run_time_shards
 from llama_mp.model import Transformer, build, fill
 from llama_mp.offload import Store, block_of, fill_streamed, open_store, weight_bytes_of
 from llama_mp.parallel import World, connect
 from llama_mp.prompts import Messages, as_prompt
+from llama_mp.quantizer import Quantizer
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
-
-Named = tuple[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +98,7 @@ class LLM:
         """Check everything on all ranks, and only then read weights."""
         start, world = time.perf_counter(), self.world
         with world.together():
-            check_degree(self.checkpoint.config, world.size)
+            check_layout(self.checkpoint.config, world.size, self.run.quant)
             has_text = world.is_leader and self.checkpoint.tokenizer is not None
             self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if has_text else None
             source = open_source(self.checkpoint, world.device)
@@ -132,37 +130,33 @@ class LLM:
         world = self.world
         if world.device.type == "cpu" and self.dtype is torch.bfloat16:
             load_library()  # built now, if it must be, and not during the first step
-        model = build(self.config, world.size)
-        wanted = fuse(shards(self.config, world.rank, world.size))
+        wanted = run_time_shards(self.config, world.rank, world.size, self.run.quant)
         wanted = {name: shard for name, shard in wanted.items() if not (has_blocks and block_of(name))}
-        parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device)
-        shown = tqdm(parameters, "loading", len(wanted), leave=False, disable=not self.shows_progress, unit=" tensors")
-        parameters = self.watched(shown, wanted)
-        if self.store:
-            fill_streamed(model, parameters, self.store, world.device)
-            if self.not_finite:
-                self.store.forget()  # so that the next run warns as well
-        else:
-            fill(model, dict(parameters))
-        if world.is_leader and (padding := padding_share(self.config, world.size)):
+        with Quantizer(self.run.quant, wanted.values(), world) as finish:
+            model = build(self.config, world.size, self.run.quant)
+            parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
+            progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
+            parameters = tqdm(parameters, "loading", **progress)
+            if self.store:
+                fill_streamed(model, parameters, self.store, world.device)
+            else:
+                fill(model, dict(parameters))
+        self.not_finite = finish.not_finite
+        if self.store and self.not_finite:
+            self.store.forget()  # so that the next run warns as well
+        if world.is_leader and (padding := padding_share(self.config, world.size, self.run.quant)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
-            self.say(f"{self.config.name} over {world.size} ranks: {cost}")
+            self.say(f"{self.config.name} over {world.size} rank{'s' * (world.size > 1)}: {cost}")
         return model
-
-    def watched(self, parameters: Iterable[Named], wanted: Mapping[str, Shard]) -> Iterator[Named]:
-        """`parameters` as they come, those that are not finite noted."""
-        self.not_finite: list[str] = []
-        for name, parameter in parameters:
-            self.not_finite += not_finite(wanted[name], parameter)
-            yield name, parameter
 
     def warn_of_not_finite(self) -> None:
         """Rank 0 names the tensors that hold NaN or infinity, once for all ranks. The run goes on."""
         names = list(dict.fromkeys(name for found in self.world.gather(self.not_finite) for name in found))
+        unquantized = "" if self.run.quant == "none" else " --quant none"
         if names and self.world.is_leader:
             self.say(
                 f"warning: {self.checkpoint.path} holds NaN or infinity in {listed(names)}: its answers are worth "
-                "nothing; download it again, or try --dtype fp32 if the file itself is whole"
+                f"nothing; download it again, or try --dtype fp32{unquantized} if the file itself is whole"
             )
 
     # ---- generation --------------------------------------------------------------------------------------------

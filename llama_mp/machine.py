@@ -93,6 +93,11 @@ def return_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2 * RETURNED_BYTES)
 
 
+def return_holes() -> None:
+    """Give back what was freed between what is still held, which malloc does not do by itself."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """The most bytes held since it was made: allocated on a GPU; on a CPU private memory (mapped checkpoint pages are
     none) above that of the process as it was then, looked at every SAMPLE_S by a thread, since the kernel keeps no

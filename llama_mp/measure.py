@@ -124,7 +124,7 @@ def what_ran(llm: LLM) -> dict[str, Any]:
         "weights": "random" if llm.checkpoint.kind == "random" else "checkpoint",
         "mp": llm.world.size,
         "dtype": dtype_name(llm),
-        "quant": "none",
+        "quant": llm.run.quant,
         "offload": llm.run.offload,
         "device_type": llm.world.device.type,
         "device": device_name(llm.world.device),
@@ -204,7 +204,8 @@ def ceiling_line(ceiling: Ceiling, world: World) -> str:
 
 def model_line(llm: LLM) -> str:
     kind = "random weights" if llm.checkpoint.kind == "random" else "weights"
-    tokens = f"{llm.config.name}, MP {llm.world.size}, {dtype_name(llm)} on {device_name(llm.world.device)}"
+    weights = "" if llm.run.quant == "none" else f", weights {llm.run.quant}"
+    tokens = f"{llm.config.name}, MP {llm.world.size}, {dtype_name(llm)}{weights} on {device_name(llm.world.device)}"
     return f"{tokens}: {kind} of {llm.loaded.weight_bytes / 1e9:.2f} GB in {llm.loaded.seconds:.1f} s"
 
 

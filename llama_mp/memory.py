@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from llama_mp.activations import FP32, decode_bytes, prefill_bytes, rotation_bytes, sizes_of
-from llama_mp.chunks import LOAD_ELEMENTS, PREFILL_CHUNK
+from llama_mp.chunks import LOAD_ELEMENTS, PREFILL_CHUNK, QUANTIZE_ELEMENTS
 from llama_mp.config import ModelConfig
+from llama_mp.errors import RequestError
 from llama_mp.flags import check_at_least
-from llama_mp.layout import Shard, fuse, heads_per_rank, padded, shards
+from llama_mp.layout import Shard, check_degree, fuse, heads_per_rank, padded, shards
 
 BYTES_PER_ELEMENT = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
-INT8_SCALE_BYTES = 4  # an fp32 scale for each output channel
-INT4_GROUP = 32  # weights of a row that share a scale and a zero point, in fp16 each
+INT8_SCALE_BYTES = 4  # an fp32 scale for each row, to whose alignment the row's codes are filled up
+INT4_GROUP = 32  # weights of a row that share a scale and an offset, in fp16 each
 INT4_GROUP_BYTES = INT4_GROUP // 2 + 2 + 2
+QUANTIZING_BYTES = 16  # beside each element that is being packed or unpacked: fp32 thrice, and smaller things
 BLOCK_SLOTS = 2  # offloading: one block computes while the next one comes
 ALIGNMENT = 64  # bytes, of a parameter in the buffer of its block: as torch aligns a tensor on a CPU
 
@@ -72,22 +74,31 @@ def rank_memory(config: ModelConfig, mp: int, workload: Workload) -> RankMemory:
 
 def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """The table of rotations, and the larger of the last pass over a prompt as long as the row and of a step."""
-    sizes, length = sizes_of(config, mp, workload.element_bytes), workload.seq_len
+    sizes = sizes_of(config, mp, workload.element_bytes, hidden_unit(workload.quant))
+    length = workload.seq_len
     num_tokens = min(PREFILL_CHUNK, length - 1)
     passes = (prefill_bytes(sizes, num_tokens, length - 1), decode_bytes(sizes, workload.batch_size, length))
     workspace = CUBLAS_BYTES if workload.device == "cuda" else 0
-    return rotation_bytes(config, length) + workspace + max(passes)
+    return rotation_bytes(config, length) + workspace + unpacked_bytes(workload) + max(passes)
+
+
+def unpacked_bytes(workload: Workload) -> int:
+    """Of a matrix that is being quantized, or multiplied with by torch's own operations: a chunk of it."""
+    return 0 if workload.quant == "none" else QUANTIZING_BYTES * QUANTIZE_ELEMENTS[workload.device]
 
 
 def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
-    """Beside the weights while the last of them load: a chunk in fp32, and what is yet to be quantized."""
-    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant)
-    elements = min(LOAD_ELEMENTS, max(shard.num_elements for shard in held.values()))
+    """Beside the weights while they load: a chunk as it is read; or a parameter that is read, in the place of what it
+    will be packed into, and then packed."""
+    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant).values()
+    elements = min(LOAD_ELEMENTS, max(shard.num_elements for shard in held))
     chunk = elements * (FP32 if workload.device == "cpu" else workload.element_bytes)
-    if workload.quant == "none":
+    unpacked = [shard for shard in held if is_quantized(shard, workload.quant)]
+    if not unpacked:
         return chunk
-    largest = max(shard.num_elements for shard in held.values() if is_quantized(shard, workload.quant))
-    return chunk + largest * workload.element_bytes
+    largest = max(unpacked, key=lambda shard: shard.num_elements)
+    reading = chunk - shard_bytes(largest, workload.quant, workload.element_bytes)
+    return largest.num_elements * workload.element_bytes + max(reading, unpacked_bytes(workload))
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------
@@ -95,9 +106,27 @@ def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
 
 def run_time_shards(config: ModelConfig, rank: int, mp: int, quant: str = "none") -> dict[str, Shard]:
     """The parameters as a run holds them: fused; for int4 the hidden size filled up to whole groups on each rank."""
-    if quant == "int4":
-        config = replace(config, hidden_dim=padded(config.hidden_dim, INT4_GROUP * mp))
-    return fuse(shards(config, rank, mp))
+    return fuse(shards(config, rank, mp, hidden_unit=hidden_unit(quant)))
+
+
+def hidden_unit(quant: str) -> int:
+    """The hidden size is cut into whole ones of these, so that each group of int4 lies on one rank."""
+    return INT4_GROUP if quant == "int4" else 1
+
+
+def can_quantize(config: ModelConfig, mp: int, quant: str) -> bool:
+    """Several ranks share wo's columns by heads: a group of int4 may not reach from one into the next."""
+    return quant != "int4" or mp == 1 or config.head_dim % INT4_GROUP == 0
+
+
+def check_layout(config: ModelConfig, mp: int, quant: str) -> None:
+    """Raise RequestError where no layout of degree `mp` exists, or none whose codes are those of one rank."""
+    check_degree(config, mp)
+    if not can_quantize(config, mp, quant):
+        raise RequestError(
+            f"--quant int4 over {mp} ranks: model {config.name} has heads of {config.head_dim}, which groups of "
+            f"{INT4_GROUP} would reach across; use --quant int8, or one rank"
+        )
 
 
 def is_quantized(shard: Shard, quant: str) -> bool:
@@ -106,13 +135,18 @@ def is_quantized(shard: Shard, quant: str) -> bool:
 
 
 def shard_bytes(shard: Shard, quant: str, element_bytes: int) -> int:
-    """Bytes of a parameter on its rank: int8 with a scale for each row, int4 with scale and zero point a group."""
+    """Bytes of a parameter on its rank."""
     if not is_quantized(shard, quant):
         return shard.num_elements * element_bytes
     rows, cols = shard.shape
+    return rows * packed_row_bytes(cols, quant)
+
+
+def packed_row_bytes(cols: int, quant: str) -> int:
+    """A quantized row of `cols` weights: what quant.py packs."""
     if quant == "int8":
-        return rows * (cols + INT8_SCALE_BYTES)
-    return rows * -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
+        return padded(cols, INT8_SCALE_BYTES) + INT8_SCALE_BYTES
+    return -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
 
 
 class WeightBytes(NamedTuple):
@@ -190,9 +224,10 @@ def kv_cache_bytes(config: ModelConfig, mp: int, dtype: str, *, batch_size: int,
     return elements * BYTES_PER_ELEMENT[dtype]
 
 
-def padding_share(config: ModelConfig, mp: int) -> float:
+def padding_share(config: ModelConfig, mp: int, quant: str = "none") -> float:
     """Zeros and repeated KV heads over all ranks, as a share of the model's own matrix elements (norms aside)."""
-    matrices = [shard for rank in range(mp) for shard in shards(config, rank, mp).values() if len(shard.shape) == 2]
+    held = [shard for rank in range(mp) for shard in run_time_shards(config, rank, mp, quant).values()]
+    matrices = [shard for shard in held if len(shard.shape) == 2]
     own = sum(shard.num_elements for shard in shards(config, 0, 1).values() if len(shard.shape) == 2)
     return sum(shard.num_elements for shard in matrices) / own - 1
 

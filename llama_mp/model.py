@@ -6,7 +6,7 @@ L positions attended, C model dimension, F hidden dimension, V vocabulary; H, K,
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig
 from llama_mp.kernels import linear
 from llama_mp.layout import heads_per_rank, padded
+from llama_mp.memory import hidden_unit
 from llama_mp.parallel import reduce
+from llama_mp.quant import empty_packed
 from llama_mp.rope import rotate
 
 
@@ -193,10 +195,16 @@ def without_filling() -> Iterator[None]:
         fairscale_layers._initialize_affine_weight = fill_weight
 
 
-def build(config: ModelConfig, mp: int) -> Transformer:
+def build(config: ModelConfig, mp: int, quant: str = "none") -> Transformer:
     """The rank's model without weights."""
+    config = replace(config, hidden_dim=padded(config.hidden_dim, hidden_unit(quant) * mp))
     with torch.device("meta"), without_filling():
-        return Transformer(config, mp).eval().requires_grad_(False)
+        model = Transformer(config, mp).eval().requires_grad_(False)
+    for module in model.modules():
+        is_tied = module is model.output and config.tied_embeddings
+        if quant != "none" and isinstance(module, ColumnLinear | RowLinear) and not is_tied:
+            module.weight = nn.Parameter(empty_packed(module.weight, quant), requires_grad=False)
+    return model
 
 
 def fill(model: Transformer, parameters: dict[str, torch.Tensor]) -> None:

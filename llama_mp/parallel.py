@@ -139,12 +139,14 @@ class World:
             yield
         except Exception as error:
             failure = error
-        told = None if failure is None else [errors.one_line(failure), isinstance(failure, RequestError)]
+        kinds = [isinstance(failure, kind) for kind in (RequestError, LostContact)]
+        told = None if failure is None else [errors.one_line(failure), *kinds]
         failed = [(rank, said) for rank, said in enumerate(self.gather(told)) if said]
+        failed.sort(key=lambda one: one[1][2])  # who lost contact did so because of another
         if failed and self.size == 1:
             raise failure
         if failed:
-            rank, (text, was_request) = failed[0]
+            rank, (text, was_request, _) = failed[0]
             kind = RequestError if was_request else RunError
             raise kind(text if rank == 0 else f"rank {rank}: {text}") from failure
 

@@ -10,8 +10,16 @@ from llama_mp.config import ModelConfig, load_size, size_names
 from llama_mp.errors import RequestError
 from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.gpus import Gpu, find_gpu, gpu_of_this_machine
-from llama_mp.layout import check_degree, heads_per_rank
-from llama_mp.memory import RankMemory, Workload, checkpoint_bytes, host_bytes, offloaded_bytes, rank_memory
+from llama_mp.layout import heads_per_rank
+from llama_mp.memory import (
+    RankMemory,
+    Workload,
+    check_layout,
+    checkpoint_bytes,
+    host_bytes,
+    offloaded_bytes,
+    rank_memory,
+)
 
 GIB = 2**30
 TABLE_DEGREES = (1, 2, 4, 8)
@@ -134,7 +142,7 @@ def plan_one(flags: PlanFlags, config: ModelConfig, files: tuple[Path, ...] = ()
     """The plan for `config`, or its checkpoint in `files`. Raises RequestError for what it cannot run."""
     if flags.seq_len > config.context_length:
         raise RequestError(f"--seq_len is {flags.seq_len}, above {config.context_length}, the context of {config.name}")
-    check_degree(config, flags.mp or 1)
+    check_layout(config, flags.mp or 1, flags.quant)
     return Plan(
         config=config,
         mp=flags.mp or 1,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from llama_mp.advice import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, rate, tokens_per_s
 from llama_mp.gpus import RESERVED
 from llama_mp.layout import padded_sizes
+from llama_mp.memory import hidden_unit
 from llama_mp.plan import GIB, Plan
 
 GB = 1e9
@@ -46,7 +47,7 @@ def page(plan: Plan, *, coloured: bool) -> str:
         f"on disk {plan.disk_bytes / GB:.1f} GB; main memory while all ranks load: {plan.host_bytes / GB:.1f} GB, "
         "and what caches the files"
     )
-    padding = padded_sizes(plan.config, plan.mp)
+    padding = padded_sizes(plan.config, plan.mp, hidden_unit(workload.quant))
     if padding:
         held = ", ".join(f"{name} {size}" for name, size in padding.items())
         lines.append(f"filled up with zeros, or repeated, to divide over the ranks: {held}")

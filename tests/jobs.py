@@ -6,18 +6,21 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from llama_mp.checkpoint.meta import MetaSource
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
-from llama_mp.errors import one_line
-from llama_mp.layout import fuse, shards
+from llama_mp.errors import RunError, one_line
+from llama_mp.layout import Span, fuse, shards
 from llama_mp.llm import LLM
 from llama_mp.locate import locate, random_checkpoint
 from llama_mp.model import build
+from llama_mp.offload import weight_bytes_of
 from llama_mp.parallel import World, connect, reduce
 from llama_mp.request import Request
 from llama_mp.runner import Leader, follow
@@ -149,6 +152,45 @@ def failing(rank_that_fails: int, error: Exception) -> str:
     return "no error"
 
 
+@dataclass
+class Quantized:
+    parameters: dict[str, np.ndarray]  # as they are held
+    weight_bytes: int
+    found: Found | None  # on rank 0
+
+
+def quantized(path: Path, tokenizer: Path, prompt: list[int], quants: list[str]) -> list[Quantized]:
+    """The model under each of `quants`, and what it answers."""
+    world, results = connect(RunConfig(device="cpu")), []
+    for quant in quants:
+        llm = load(world, path, tokenizer, quant=quant)
+        held = {name: parameter.numpy() for name, parameter in llm.model.named_parameters()}
+        found = ask_one(llm, prompt, num_tokens=4)
+        results.append(Quantized(held, weight_bytes_of(llm.model), found))
+    world.close()
+    return results
+
+
+def fails_at(tensor: str, ranks: list[int], path: Path, tokenizer: Path, quant: str) -> str:
+    """What each rank sees when `ranks` cannot read `tensor`."""
+    world = connect(RunConfig(device="cpu"))
+    read = MetaSource.read
+
+    def broken(source: MetaSource, name: str, *spans: Span) -> torch.Tensor:
+        if name == tensor and world.rank in ranks:
+            raise RunError(f"{name} is gone")
+        return read(source, name, *spans)
+
+    try:
+        with patch.object(MetaSource, "read", broken):
+            load(world, path, tokenizer, quant=quant)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        world.close()
+    return "loaded"
+
+
 def refusal(path: Path, tokenizer: Path) -> tuple[int, str]:
     """How loading a checkpoint fails on this rank: the exit code, and the text of the line."""
     world = connect(RunConfig(device="cpu"))
@@ -161,11 +203,11 @@ def refusal(path: Path, tokenizer: Path) -> tuple[int, str]:
     return 0, "loaded"
 
 
-def said_while_loading(path: Path, tokenizer: Path) -> str:
+def said_while_loading(path: Path, tokenizer: Path, **flags: Any) -> str:
     """What this rank writes to stderr when it loads a checkpoint."""
     world = connect(RunConfig(device="cpu"))
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        load(world, path, tokenizer)
+        load(world, path, tokenizer, **flags)
     world.close()
     return said.getvalue()
 

@@ -1,4 +1,4 @@
-"""The benchmarks on models of a few megabytes: they run, compare equal work, tell the states of their input."""
+"""The benchmarks on small models: they run, compare equal work, tell the states of their input."""
 
 import json
 import sys
@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from running import ROOT, Done, run
 
+from llama_mp.tokenizer_files import read_tokenizer
+
 TINY = ("--layers", "1", "--dim", "64", "--rounds", "1", "--degrees", "3:2")
+
+
+QUALITY = str(ROOT / "benchmarks" / "quality.py")
 
 
 def bench(*flags: str | Path) -> Done:
@@ -55,3 +60,23 @@ def test_blocks_from_the_disk_are_measured_beside_the_disk(tmp_path):
         assert 0.5 < result[part]["peak_to_budget"] < 1.3
         assert result[part]["gb_per_token"] < result[part]["weights_gb"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_fewer_bits_cost_little_quality():
+    done = run(sys.executable, QUALITY, "--max_tokens", "2048")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    kinds = result["kinds"]
+    assert list(kinds) == ["fp32", "bf16", "int8", "int4"] and result["tokens"] == 2048
+    assert kinds["fp32"]["of_fp32"] == 1 and 10 < kinds["fp32"]["perplexity"] < 50  # of 49152 tokens
+    for kind, bound in (("bf16", 0.01), ("int8", 0.01), ("int4", 0.08)):
+        assert abs(kinds[kind]["of_fp32"] - 1) <= bound
+    sizes = [kind["weight_bytes"] for kind in kinds.values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_text_is_long_enough(smollm2_file):
+    tokenizer, _ = read_tokenizer(smollm2_file, smollm2_file, "auto")
+    text = (ROOT / "tests" / "data" / "alice.txt").read_text(encoding="utf-8")
+    assert len(tokenizer.encode(text, bos=False)) >= 20_000

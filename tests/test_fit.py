@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ def test_refused_is_only_what_weights_and_cache_alone_do_not_fit() -> None:
     with pytest.raises(RequestError, match="7B over 1 rank in fp16 does not fit"):
         check_fits(SEVEN, 1, WORK, room(certain - 1))
     check_fits(SEVEN, 1, WORK, room(memory.kv_cache_bytes), has_weights=True)
+    with pytest.raises(RequestError, match=r"in fp16 with weights in int8 does not fit: a rank needs 6\.88 GB"):
+        check_fits(SEVEN, 1, replace(WORK, quant="int8"), room(memory.kv_cache_bytes))
     with pytest.raises(RequestError, match=r"needs 4\.29 GB of cache for 4 x 2048 tokens, and 4\.29 GB are"):
         check_fits(SEVEN, 1, WORK, room(memory.kv_cache_bytes - 1), has_weights=True)
 
@@ -49,19 +52,20 @@ def test_the_refusal_says_what_is_needed_what_is_free_and_what_to_do() -> None:
         check_fits(SEVEN, 1, WORK, room(15 * 10**9))
     assert re.fullmatch(
         r"7B over 1 rank in fp16 does not fit: a rank needs 13\.48 GB of weights and 4\.29 GB of cache for 4 x 2048 "
-        r"tokens, and 15\.00 GB are free on cuda:0; give --mp 2 or --max_batch_size 1, or --force to try",
+        r"tokens, and 15\.00 GB are free on cuda:0; give --mp 2 or --quant int8, or --force to try",
         str(refused.value),
     )
 
 
-def test_what_this_version_cannot_do_is_not_advised_nor_more_ranks_in_one_memory() -> None:
-    for free in (GIB // 2, 2 * GIB, 8 * GIB):
+def test_more_ranks_are_not_advised_in_one_memory() -> None:
+    for free in (GIB // 2, 2 * GIB, 8 * GIB, 14 * GIB):
         for is_shared in (True, False):
             with pytest.raises(RequestError) as refused:
                 check_fits(SEVEN, 1, WORK, room(free, is_shared=is_shared))
             text = str(refused.value)
-            assert "--force" in text and "--quant" not in text
+            assert "--force" in text
             assert ("--mp" in text) is (not is_shared and free > GIB)
+            assert ("give --quant" in text or "give --offload" in text or "give --mp" in text) is (free > GIB)
 
 
 def test_in_main_memory_too_blocks_may_wait_on_the_disk() -> None:

@@ -10,6 +10,9 @@ from factory import MODELS, hugging_face, meta_tensors, write_meta
 from ranks import Ranks
 
 from llama_mp import LLM
+from llama_mp.config import RunConfig
+from llama_mp.locate import random_checkpoint
+from llama_mp.parallel import connect
 from llama_mp.runner import Leader
 
 pytestmark = [
@@ -49,6 +52,30 @@ def test_other_types_come_near(folder: Path, tokenizer_file: Path, dtype: str) -
     expected = logits_on("cpu", folder, tokenizer_file, dtype="fp32")
     found = logits_on("cuda", folder, tokenizer_file, dtype=dtype)
     assert (found - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_fewer_bits_are_those_of_the_cpu(folder: Path, tokenizer_file: Path, quant: str) -> None:
+    """The codes to the bit, and the logits of fp32; in fp16 sums of scaled weights stay within its range."""
+    expected = logits_on("cpu", folder, tokenizer_file, dtype="fp32", quant=quant)
+    found = logits_on("cuda", folder, tokenizer_file, dtype="fp32", quant=quant)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    held = []
+    for device in ("cpu", "cuda"):
+        with LLM(folder, tokenizer=tokenizer_file, device=device, dtype="fp32", quant=quant) as llm:
+            held.append({name: parameter.cpu() for name, parameter in llm.model.named_parameters()})
+    assert all(torch.equal(held[1][name], parameter) for name, parameter in held[0].items())
+    half = logits_on("cuda", folder, tokenizer_file, dtype="fp16", quant=quant)
+    assert (half - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantizing_and_unpacking_hold_what_is_planned(quant: str) -> None:
+    run = RunConfig(size="llama3.2-1b", dtype="fp16", device="cuda", quant=quant)
+    with LLM.of_checkpoint(run, random_checkpoint(run), connect(run), codec=None) as llm:
+        leader = Leader(llm.prepare([1, 600]), llm.world)
+        leader.prefill(list(range(512)), slot=0, start=0, all_logits=False)
+        assert llm.peak_memory.read() <= 1.02 * llm.planned.allocated_bytes
 
 
 def test_texts_are_those_of_the_cpu(smollm2_file: Path) -> None:

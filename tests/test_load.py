@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from llama_mp.checkpoint.load import load_shards, not_finite, open_source
 from llama_mp.checkpoint.source import Source
 from llama_mp.chunks import LOAD_ELEMENTS
 from llama_mp.config import ModelConfig, load_size
-from llama_mp.layout import fuse, global_shapes, heads_per_rank, row_chunks, shards
+from llama_mp.layout import Shard, fuse, global_shapes, heads_per_rank, row_chunks, shards
 
 DEGREES = (1, 2, 3, 4, 8)
 CPU = torch.device("cpu")
@@ -113,6 +114,22 @@ def test_casts_to_the_type_asked_for(tmp_path: Path) -> None:
     source = open_source(checkpoint(write_meta(tmp_path, MODELS["gqa"], tensors, 2)))
     for dtype in (torch.bfloat16, torch.float16):
         check_loaded(MODELS["gqa"], source, {name: tensor.to(dtype) for name, tensor in tensors.items()}, 4)
+
+
+def test_a_parameter_is_transformed_and_gone_before_the_next_is_read(tmp_path: Path) -> None:
+    config = MODELS["tied"]
+    source = open_source(checkpoint(write_meta(tmp_path, config, random_tensors(config), 1)))
+    before: list[weakref.ref] = []
+
+    def transform(shard: Shard, parameter: torch.Tensor) -> torch.Tensor:
+        assert parameter.shape == shard.shape and not [one for one in before if one() is not None]
+        before.append(weakref.ref(parameter))
+        return parameter.sum()
+
+    wanted = fuse(shards(config, 0, 2))
+    sums = dict(load_shards(wanted, source, dtype=torch.float32, device=CPU, transform=transform))
+    assert sums == {name: parameter.sum() for name, parameter in loaded(config, source, 0, 2).items()}
+    assert len(before) == len(wanted)
 
 
 @pytest.mark.parametrize("num_elements", [1, 100, 1000])

@@ -14,19 +14,23 @@ from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.config import ModelConfig, load_size, size_names
 from llama_mp.errors import RequestError
-from llama_mp.layout import fuse, global_shapes, heads_per_rank, padded, shards
+from llama_mp.layout import Shard, fuse, global_shapes, heads_per_rank, padded, shards
 from llama_mp.memory import (
     BYTES_PER_ELEMENT,
     Workload,
+    check_layout,
     checkpoint_bytes,
     host_bytes,
+    is_quantized,
     kv_cache_bytes,
     offloaded_bytes,
     padding_share,
     parameters,
     rank_memory,
+    run_time_shards,
     weight_bytes,
 )
+from llama_mp.quant import pack
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,6 +50,22 @@ def test_weight_bytes_are_those_of_the_loaded_parameters(tmp_path: Path, name: s
                 parameters = load_shards(fuse(shards(config, rank, mp)), source, dtype=DTYPES[dtype], device=CPU)
                 held = sum(parameter.untyped_storage().nbytes() for _, parameter in parameters)
                 assert weight_bytes(config, rank, mp, dtype) == held
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_quantized_weight_bytes_are_those_of_the_packed_parameters(tmp_path: Path, name: str, quant: str) -> None:
+    config = MODELS[name]
+    source = open_source(checkpoint(write_meta(tmp_path, config, random_tensors(config), 1)))
+
+    def transform(shard: Shard, parameter: torch.Tensor) -> torch.Tensor:
+        return pack(parameter, quant) if is_quantized(shard, quant) else parameter
+
+    for mp in (1, 2, 3):
+        for rank in range(mp):
+            wanted = run_time_shards(config, rank, mp, quant)
+            held = load_shards(wanted, source, dtype=torch.bfloat16, device=CPU, transform=transform)
+            assert weight_bytes(config, rank, mp, "bf16", quant) == sum(parameter.nbytes for _, parameter in held)
 
 
 @pytest.mark.parametrize(("size", "gigabytes"), [("7B", 13.48), ("13B", 26.03), ("33B", 65.06), ("65B", 130.57)])
@@ -164,6 +184,17 @@ def test_int4_fills_the_hidden_size_up_to_whole_groups_on_each_rank(mp: int) -> 
     filled = replace(config, hidden_dim=padded(config.hidden_dim, 32 * mp))
     assert filled.hidden_dim // mp % 32 == 0
     assert weight_bytes(config, 0, mp, "fp16", "int4") == weight_bytes(filled, 0, mp, "fp16", "int4")
+
+
+def test_groups_of_int4_do_not_reach_across_heads_on_two_ranks() -> None:
+    for size in size_names():
+        check_layout(load_size(size), 2, "int4")
+    check_layout(MODELS["gqa"], 1, "int4")
+    check_layout(MODELS["gqa"], 2, "int8")
+    with pytest.raises(RequestError, match=r"over 2 ranks: model gqa has heads of 8, .* use --quant int8, or one rank"):
+        check_layout(MODELS["gqa"], 2, "int4")
+    with pytest.raises(RequestError, match="use between 1 and 8 ranks"):
+        check_layout(MODELS["gqa"], 9, "none")
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -54,6 +54,14 @@ def test_more_ranks_than_heads(tiny: Path, no_torch: dict[str, str]) -> None:
     assert said == "16 ranks for model gqa with 8 attention heads: use between 1 and 8 ranks"
 
 
+def test_groups_of_int4_across_ranks(tiny: Path, no_torch: dict[str, str]) -> None:
+    said = infer("--mp", "2", "--ckpt_dir", tiny, "--prompt", "Hi", "--quant", "int4", **no_torch).refusal
+    assert said == (
+        "--quant int4 over 2 ranks: model gqa has heads of 8, which groups of 32 would reach across; "
+        "use --quant int8, or one rank"
+    )
+
+
 def test_threads_that_are_no_number(tiny: Path, no_torch: dict[str, str]) -> None:
     said = infer("--mp", "2", "--ckpt_dir", tiny, "--prompt", "Hi", LLAMA_MP_THREADS="all", **no_torch).refusal
     assert said == "LLAMA_MP_THREADS is 'all', but must be a whole number above 0"

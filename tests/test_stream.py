@@ -19,7 +19,7 @@ from torch import nn
 
 from llama_mp import LLM, stream
 from llama_mp.budget import GIB, Fitting, on_device_bytes
-from llama_mp.config import ModelConfig, RunConfig
+from llama_mp.config import RunConfig
 from llama_mp.errors import RequestError, RunError
 from llama_mp.memory import rank_memory
 from llama_mp.stream import CudaCarrier, CudaDiskCarrier, Packing, Streamed, spread
@@ -42,10 +42,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "llama-mp" / "blocks"
 
 
-def gib(place: str, num_staying: int, mp: int = 1, config: ModelConfig = CONFIG) -> float:
+def gib(place: str, num_staying: int, mp: int = 1, quant: str = "none") -> float:
     """The least --device_memory_gib with which so many blocks stay."""
-    fitting = Fitting(RunConfig(offload=place), config, mp, "fp32", "cpu", num_staying)
-    return (on_device_bytes(config, mp, fitting.workload(SHAPE)) + 1) / GIB
+    fitting = Fitting(RunConfig(offload=place, quant=quant), CONFIG, mp, "fp32", "cpu", num_staying)
+    return (on_device_bytes(CONFIG, mp, fitting.workload(SHAPE)) + 1) / GIB
 
 
 def tokens_of(llm: LLM) -> list[list[int]]:
@@ -99,6 +99,18 @@ def test_tokens_are_those_of_a_resident_model(
     found = ranks.run(mp, streamed_batch, folder=folder, tokenizer=tokenizer_file, cache=str(tmp_path), runs=runs)[0]
     assert [len(order) for order, _ in found] == [CONFIG.num_layers - stay for _, stay in budgets]
     assert [tokens for _, tokens in found] == [expected] * len(found)
+
+
+@pytest.mark.parametrize(("mp", "quant"), [(1, "int8"), (1, "int4"), (2, "int8")])
+def test_fewer_bits_give_the_same_tokens_too(
+    ranks: Ranks, folder: Path, tokenizer_file: Path, tmp_path: Path, mp: int, quant: str
+) -> None:
+    limit = {"device_memory_gib": gib("cpu", 1, mp, quant)}
+    runs = [{}, *({"offload": place} | limit for place in ("cpu", "disk", "disk"))]
+    runs = [flags | {"quant": quant} for flags in runs]
+    found = ranks.run(mp, streamed_batch, folder=folder, tokenizer=tokenizer_file, cache=str(tmp_path), runs=runs)[0]
+    assert [bool(order) for order, _ in found] == [False, True, True, True]
+    assert len({str(tokens) for _, tokens in found}) == 1
 
 
 def test_ranks_load_together_where_one_of_them_lost_its_file(

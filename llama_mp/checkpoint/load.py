@@ -1,6 +1,7 @@
 """Open a checkpoint of any format, and fill one rank's parameters from it: each rank reads its own pieces alone."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -14,6 +15,7 @@ from llama_mp.layout import Shard, row_chunks
 from llama_mp.locate import Checkpoint
 
 CPU = torch.device("cpu")
+Transform = Callable[[Shard, torch.Tensor], torch.Tensor]  # of a filled parameter, into what is held of it
 SOURCES = {"meta": MetaSource, "hf": HFSource, "gguf": GGUFSource}
 
 
@@ -30,11 +32,17 @@ def open_source(checkpoint: Checkpoint, device: torch.device = CPU) -> Source:
 
 
 def load_shards(
-    shards: Mapping[str, Shard], source: Source, *, dtype: torch.dtype, device: torch.device
+    shards: Mapping[str, Shard],
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    transform: Transform = lambda _, parameter: parameter,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter of `shards`, by name, on `device` in `dtype`. Zeros where no placement is."""
+    """Each parameter of `shards`, by name, on `device` in `dtype`, zeros where no placement is; then transformed,
+    before the next one is read."""
     for name, shard in shards.items():
-        yield name, load_shard(shard, source, dtype=dtype, device=device)
+        yield name, transform(shard, load_shard(shard, source, dtype=dtype, device=device))
 
 
 def load_shard(shard: Shard, source: Source, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -54,17 +62,20 @@ def load_shard(shard: Shard, source: Source, *, dtype: torch.dtype, device: torc
     return parameter
 
 
-def not_finite(shard: Shard, parameter: torch.Tensor) -> list[str]:
-    """The checkpoint's tensors whose part in `parameter` holds NaN or infinity, in the parameter's own type.
+def not_finite(shard: Shard, parameter: torch.Tensor, most: float = math.inf) -> list[str]:
+    """The checkpoint's tensors whose part in `parameter` holds NaN, infinity, or a magnitude above `most`, in the
+    parameter's own type.
 
     The logits alone do not tell: torch's attention on a CPU makes zeros of scores that are NaN."""
-    if is_finite(parameter):
+    if is_finite(parameter, most):
         return []
     matrix = as_matrix(parameter)
     parts = {p: matrix[p.row : p.row + len(p.rows), p.col : p.col + len(p.cols)] for p in shard.placements}
-    return list(dict.fromkeys(p.source for p, part in parts.items() if not is_finite(part)))
+    return list(dict.fromkeys(p.source for p, part in parts.items() if not is_finite(part, most)))
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor, most: float) -> bool:
     """Extremes take over NaN, at the speed of memory; on a CPU isfinite().all() takes thirty times as long."""
-    return tensor.numel() == 0 or all(extreme.isfinite().item() for extreme in tensor.aminmax())
+    if tensor.numel() == 0:
+        return True
+    return all(math.isfinite(extreme) and abs(extreme) <= most for extreme in map(torch.Tensor.item, tensor.aminmax()))
