@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-all-reduce bench-plan bench-quality bench-reshard clean
+.PHONY: help demo test test-slow lint bench bench-all-reduce bench-cpu bench-offload bench-plan bench-quality bench-reshard clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -18,8 +18,10 @@ help:
 	@echo 'make test-slow      the slow tests: minutes each'
 	@echo 'make lint           style: ruff check, ruff format --check'
 	@echo 'make bench          decode speed beside Hugging Face, on the CPU'
+	@echo 'make bench-cpu      the CPU beside Hugging Face and llama.cpp, where llama-cpp-python is installed'
 	@echo 'make bench-all-reduce  sums over ranks through shared memory beside gloo'
 	@echo 'make bench-reshard  resharding beside cp and a short script; 13 GB of disk and of memory'
+	@echo 'make bench-offload  blocks from the disk, and to a GPU, beside the rates of disk and bus'
 	@echo 'make bench-plan     planned memory beside measured: ten minutes'
 	@echo 'make bench-quality  perplexity in fp32, bf16, int8 and int4: ten minutes'
 	@echo 'make clean          remove build output and caches; .venv stays (rm -r .venv removes it)'
@@ -47,8 +49,14 @@ bench: .venv/.installed-test
 bench-all-reduce: .venv/.installed-demo
 	$(PY) benchmarks/all_reduce.py
 
+bench-cpu: .venv/.installed-test
+	$(PY) benchmarks/cpu.py
+
 bench-reshard: .venv/.installed-test
 	$(PY) benchmarks/reshard.py
+
+bench-offload: .venv/.installed-test
+	$(PY) benchmarks/offload.py
 
 bench-quality: .venv/.installed-test
 	$(PY) benchmarks/quality.py

@@ -16,7 +16,6 @@ from llama_mp.memory import (
     rank_memory,
 )
 
-NOT_YET = " (not in this version yet)"  # of --offload
 PCIE_BYTES_PER_S = 25e9  # PCIe 4.0 x16 from pinned memory: 32e9 in theory, 25e9 in practice
 DISK_BYTES_PER_S = 3e9  # an NVMe drive
 MAX_BATCH = 1 << 16
@@ -43,8 +42,7 @@ class Option(NamedTuple):
 
     def __str__(self) -> str:
         speed = "" if self.tokens_per_s is None else f", at most {rate(self.tokens_per_s)}"
-        coming = NOT_YET if "--offload" in self.flags else ""
-        return f"{self.flags}: {self.memory.total_bytes / 1e9:.2f} GB per rank{speed}{coming}"
+        return f"{self.flags}: {self.memory.total_bytes / 1e9:.2f} GB per rank{speed}"
 
 
 def rate(tokens_per_s: float) -> str:
@@ -54,6 +52,14 @@ def rate(tokens_per_s: float) -> str:
 def fits(config: ModelConfig, mp: int, workload: Workload, device: Device) -> bool:
     has_room = rank_memory(config, mp, workload).total_bytes <= device.room_bytes
     return has_room and can_quantize(config, mp, workload.quant)
+
+
+def with_staying(config: ModelConfig, mp: int, workload: Workload, device: Device) -> Workload:
+    """`workload` as it would run: with as many blocks on the device as fit; none, if not even the slots do."""
+    if workload.offload == "none":
+        return workload
+    count = largest(lambda n: fits(config, mp, replace(workload, num_staying=n), device), config.num_layers)
+    return replace(workload, num_staying=count)
 
 
 def tokens_per_s(config: ModelConfig, mp: int, workload: Workload, device: Device) -> float | None:
@@ -91,6 +97,7 @@ def max_seq_len(config: ModelConfig, mp: int, workload: Workload, device: Device
 def advice(config: ModelConfig, mp: int, workload: Workload, device: Device) -> list[Option]:
     """Ways to run on such devices a workload that does not fit, the fastest first: each changes as little as it can."""
     changes = candidates(config, mp, workload, device) or last_resorts(config, mp, workload, device)
+    changes = [(degree, with_staying(config, degree, changed, device)) for degree, changed in changes]
     options = [
         Option(
             flags_of(mp, workload, degree, changed),
@@ -130,7 +137,9 @@ def last_resorts(config: ModelConfig, mp: int, workload: Workload, device: Devic
 
 def places(workload: Workload) -> tuple[str, ...]:
     """Where blocks could wait, other than on the device, if they are not to already."""
-    return ("cpu", "disk") if workload.offload == "none" and workload.device == "cuda" else ()
+    if workload.offload == "disk":
+        return ()
+    return ("cpu", "disk") if workload.offload == "none" and workload.device == "cuda" else ("disk",)
 
 
 def smallest_degree(config: ModelConfig, mp: int, workload: Workload, device: Device) -> int | None:

@@ -32,6 +32,7 @@ Stream = Callable[[Sequence[Answer]], Iterator[tuple[Answer, str]]]
 class ChatFlags(RunConfig, DrawingConfig, RecordConfig):
     system: str | None = flag(None, "what the model is told before the conversation begins")
     max_gen_len: int = flag(1024, "tokens of an answer at most")
+    max_batch_size: int = flag(1, "rows computed at once: a conversation is one")
     mp: int | None = flag(None, "start this many ranks on this machine; default: torchrun's, or 1")
 
 

@@ -17,6 +17,7 @@ from llama_mp.flags import Flags, check_at_least, checked, flag
 
 DEFAULT_SIZE = "smollm2-135m"
 MAX_TIMEOUT_S = 1_000_000
+MAX_GIB = 1_000_000
 MAX_LAYERS = 10_000  # far beyond any model: a damaged header must not make us list billions of tensors
 SIZE_ALIASES = {"30b": "33B"}  # the paper says 33B, Meta's download folder says 30B
 
@@ -139,6 +140,9 @@ class RunConfig(Flags):
     dtype: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = flag("auto", "precision of weights and computation")
     quant: Literal["none", "int8", "int4"] = flag("none", "weights of the matrices in fewer bits")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the model runs")
+    offload: Literal["none", "cpu", "disk"] = flag("none", "where blocks wait that come to the device one at a time")
+    device_memory_gib: float | None = flag(None, "GiB a rank may take there with --offload; default: what is free")
+    host_memory_gib: float | None = flag(None, "GiB of main memory for a rank's blocks; on a CPU, from disk: for all")
     max_seq_len: int | None = flag(None, "tokens of prompt and answer that a row holds; default: from the prompts")
     max_batch_size: int = flag(8, "rows computed at once")
     step_timeout: float = flag(60.0, "seconds after which a silent rank ends the run")
@@ -147,6 +151,12 @@ class RunConfig(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, max_seq_len=2, max_batch_size=1)
+        for name in ("device_memory_gib", "host_memory_gib"):
+            limit = getattr(self, name)
+            if limit is not None and self.offload == "none":
+                raise RequestError(f"--{name} is for blocks that wait elsewhere: give --offload cpu or disk too")
+            if limit is not None and not 0 < limit < MAX_GIB:
+                raise RequestError(f"--{name} is {limit}, but must be above 0 and below {MAX_GIB}")
         threads_asked()  # wrong ones are refused with the request, before any rank starts
         if not 0 < self.step_timeout <= MAX_TIMEOUT_S:
             raise RequestError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_mp.advice import NOT_YET, Device, Option, advice
+from llama_mp.advice import Device, Option, advice
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError, counted
 from llama_mp.memory import RankMemory, Workload, rank_memory
@@ -51,7 +51,7 @@ def remedy(
     """The plan's best advice of what this version can do."""
     there = memory.runtime_bytes + (memory.weights_bytes if has_weights else 0)
     device = Device(room.free_bytes + there, None, workload.dtype == "bf16", more_ranks_help=not room.is_shared)
-    options = [option for option in advice(config, mp, workload, device) if NOT_YET not in str(option)]
+    options = advice(config, mp, workload, device)
     ways = " or ".join(as_flags(option) for option in options[:2])
     return f"give {ways}, or --force to try" if ways else "free some memory, or give --force to try"
 

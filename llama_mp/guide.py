@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llama_mp.advice import Device, fits, tokens_per_s
+from llama_mp.advice import Device, fits, tokens_per_s, with_staying
 from llama_mp.config import load_size, size_names
 from llama_mp.errors import RequestError
 from llama_mp.files import write_whole
@@ -73,7 +73,7 @@ is that of one rank, and counts what the driver and the libraries take.
 COLUMNS = "Model | MP | GPU | VRAM | Precision | Environment | tokens/s"
 MEASURED_HEADING = f"{COLUMNS} | measured peak | planned peak | batch x length | run"
 PLANNED_HEADING = f"{COLUMNS} at most | planned peak | fits"
-OFFLOAD_NOTE = "Offload (--offload) is not there yet: that row says what it will need."
+OFFLOAD_NOTE = "Where blocks are offloaded, as many as fit stay on the card."
 
 
 def write_guide(docs: Path) -> tuple[Path, Path]:
@@ -142,12 +142,14 @@ def measured_row(record: Mapping[str, Any]) -> list[str]:
 
 def planned_row(row: Row) -> list[str]:
     config, workload = load_size(row.size), workload_of(row)
-    peak = gigabytes(rank_memory(config, row.mp, workload).total_bytes)
     model, kind = [row.size, str(row.mp)], precision(row.dtype, "none", row.offload)
     if row.gpu is None:
+        peak = gigabytes(rank_memory(config, row.mp, workload).total_bytes)
         return [*model, "none: CPU", "host's", kind, "any", "", peak, ""]
     gpu = find_gpu(row.gpu)
     device = Device(gpu.usable_bytes, gpu.bandwidth_bytes_per_s)
+    workload = with_staying(config, row.mp, workload, device)
+    peak = gigabytes(rank_memory(config, row.mp, workload).total_bytes)
     rate = tokens_per_s(config, row.mp, workload, device)
     card = [f"{row.mp} x {gpu.name}", gib(gpu.memory_bytes)]
     return [*model, *card, kind, "any", f"{rate:.3g}", peak, "yes" if fits(config, row.mp, workload, device) else "no"]

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, needed_length
+from llama_mp.budget import Fitting
 from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.checkpoint.source import Source, listed
@@ -20,21 +21,19 @@ from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError
-from llama_mp.fit import check_fits
 from llama_mp.flags import checked
 from llama_mp.fused import load_steps
 from llama_mp.kernels import load_kernels
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import PeakMemory, choose_dtype, free_room
-from llama_mp.memory import RankMemory, Workload, check_layout, padding_share, rank_memory, run_time_shards
+from llama_mp.memory import RankMemory, check_layout, padding_share, run_time_shards
 from llama_mp.model import Transformer, build, fill
+from llama_mp.offload import Store, block_of, fill_streamed, open_store, weight_bytes_of
 from llama_mp.parallel import World, connect
-from llama_mp.prompts import Prompt
+from llama_mp.prompts import Messages, as_prompt
 from llama_mp.quantizer import Quantizer
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
-
-Messages = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +88,7 @@ class LLM:
         self.config, self.planned = checkpoint.config, RankMemory(0, 0, 0, 0)  # of the largest cache so far
         self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
         self.closed, self.shape = False, (0, 0)  # slots and positions of the largest cache
+        self.store: Store | None = None  # of blocks that wait elsewhere
         try:
             self.load(codec, answers)
         except BaseException:
@@ -108,13 +108,17 @@ class LLM:
                 self.codec.check_vocabulary(self.config.vocab_size)
             self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
         world.agree("precision", str(self.dtype), "give --dtype")
-        shape = world.tell(self.shape_for(answers))
+        self.fitting = Fitting(self.run, self.config, world.size, DTYPE_NAMES[self.dtype], world.device.type)
+        shape, largest = world.tell([self.shape_for(answers), self.largest_shape(answers)])
         with world.together():
+            self.fitting.settle(largest, free_room(world.device, world.local_size))
             self.check_fits(shape)
+            workload = self.fitting.workload(shape)
+            self.store = open_store(self.run, self.checkpoint.files, self.config, workload, world)
+        has_blocks = all(world.gather(self.store is not None and self.store.has_blocks))
         with world.together():
-            self.model = self.load_model(source)
-        held = sum(p.numel() * p.element_size() for p in unique_parameters(self.model))
-        read_and_held = world.gather([source.bytes_read, held])
+            self.model = self.load_model(source, has_blocks)
+        read_and_held = world.gather([source.bytes_read, weight_bytes_of(self.model)])
         self.warn_of_not_finite()
         self.loaded = Loaded(
             seconds=time.perf_counter() - start,
@@ -122,18 +126,25 @@ class LLM:
             weight_bytes=sum(held for _, held in read_and_held),
         )
 
-    def load_model(self, source: Source) -> Transformer:
-        """This rank's model."""
+    def load_model(self, source: Source, has_blocks: bool) -> Transformer:
+        """This rank's model. `has_blocks`: every rank's store has its blocks from an earlier run."""
         world = self.world
         if world.device.type == "cpu":
             load_kernels(), load_steps()  # built now, if they must be, and not during the first step
         wanted = run_time_shards(self.config, world.rank, world.size, self.run.quant)
+        wanted = {name: shard for name, shard in wanted.items() if not (has_blocks and block_of(name))}
         with Quantizer(self.run.quant, wanted.values(), world) as finish:
             model = build(self.config, world.size, self.run.quant)
             parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
             progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
-            fill(model, dict(tqdm(parameters, "loading", **progress)))
+            parameters = tqdm(parameters, "loading", **progress)
+            if self.store:
+                fill_streamed(model, parameters, self.store, world.device)
+            else:
+                fill(model, dict(parameters))
         self.not_finite = finish.not_finite
+        if self.store and self.not_finite:
+            self.store.forget()  # so that the next run warns as well
         if world.is_leader and (padding := padding_share(self.config, world.size, self.run.quant)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
             self.say(f"{self.config.name} over {world.size} rank{'s' * (world.size > 1)}: {cost}")
@@ -232,17 +243,17 @@ class LLM:
         num_slots = min(self.run.max_batch_size, sum(not answer.is_finished for answer in answers))
         return [max(1, num_slots), needed_length(answers, self.config, self.run.max_seq_len)]
 
+    def largest_shape(self, answers: Sequence[Answer]) -> list[int]:
+        """The same of any cache to come, where the answers are not known yet."""
+        if answers:
+            return self.shape_for(answers)
+        return [self.run.max_batch_size, self.run.max_seq_len or self.config.context_length]
+
     def check_fits(self, shape: Sequence[int]) -> None:
         """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room."""
-        batch_size, seq_len = shape
-        mp, device, dtype = self.world.size, self.world.device, DTYPE_NAMES[self.dtype]
-        workload = Workload(
-            dtype=dtype, quant=self.run.quant, batch_size=batch_size, seq_len=max(2, seq_len), device=device.type
-        )
-        if not self.run.force:
-            room = free_room(device, self.world.local_size)
-            check_fits(self.config, mp, workload, room, has_weights=self.model is not None)
-        self.planned = max(self.planned, rank_memory(self.config, mp, workload), key=lambda m: m.allocated_bytes)
+        room = free_room(self.world.device, self.world.local_size)
+        planned = self.fitting.check(shape, room, self.world.local_size, has_weights=self.model is not None)
+        self.planned = max(self.planned, planned, key=lambda m: m.allocated_bytes)
 
     # ---- around it ---------------------------------------------------------------------------------------------
 
@@ -258,6 +269,9 @@ class LLM:
         if self.closed:
             return
         self.model, self.closed = None, True
+        if self.store:
+            self.store.close()
+        self.store = None
         self.peak_memory.close()
         self.world.close()
 
@@ -274,17 +288,3 @@ class LLM:
             self.close()
         else:
             self.close_alone()
-
-
-def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> Prompt:
-    """`prompt` as infer would read it from a file; its id, which the randomness hangs on, is its index."""
-    if isinstance(prompt, str):
-        return Prompt(id=str(index), text=prompt, sampling=sampling)
-    if not isinstance(prompt, Sequence):
-        raise RequestError(f"prompts[{index}] is a {type(prompt).__name__}, but must be a text or a list of messages")
-    return Prompt(id=str(index), messages=tuple(prompt), sampling=sampling)
-
-
-def unique_parameters(model: Transformer) -> list[Any]:
-    """The parameters by storage: tied embeddings once."""
-    return list({p.data_ptr(): p for p in model.parameters()}.values())

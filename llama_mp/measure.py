@@ -125,7 +125,7 @@ def what_ran(llm: LLM) -> dict[str, Any]:
         "mp": llm.world.size,
         "dtype": dtype_name(llm),
         "quant": llm.run.quant,
-        "offload": "none",
+        "offload": llm.run.offload,
         "device_type": llm.world.device.type,
         "device": device_name(llm.world.device),
         "device_memory_bytes": device_memory_bytes(llm.world.device),

@@ -20,6 +20,7 @@ INT4_GROUP = 32  # weights of a row that share a scale and an offset, in fp16 ea
 INT4_GROUP_BYTES = INT4_GROUP // 2 + 2 + 2
 QUANTIZING_BYTES = 16  # beside each element that is being packed or unpacked: fp32 thrice, and smaller things
 BLOCK_SLOTS = 2  # offloading: one block computes while the next one comes
+ALIGNMENT = 64  # bytes, of a parameter in the buffer of its block: as torch aligns a tensor on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Workload:
     batch_size: int = 1
     seq_len: int = 2048
     device: Literal["cuda", "cpu"] = "cuda"
+    num_staying: int = 0  # blocks that stay on the device when the others wait elsewhere
 
     def __post_init__(self) -> None:
         check_at_least(self, batch_size=1, seq_len=2)
@@ -64,6 +66,7 @@ def rank_memory(config: ModelConfig, mp: int, workload: Workload) -> RankMemory:
 
     Loading and computing do not overlap: what one of them needs beside the weights, the other finds free again."""
     weights = device_weight_bytes(config, mp, workload)
+    weights += waiting_bytes(config, mp, workload) if workload.device == "cpu" else 0  # in the same memory
     cache = kv_cache_bytes(config, mp, workload.dtype, batch_size=workload.batch_size, seq_len=workload.seq_len)
     activations = max(pass_bytes(config, mp, workload), loading_bytes(config, mp, workload) - cache)
     return RankMemory(weights, cache, activations, runtime_bytes(mp, workload.device))
@@ -87,8 +90,9 @@ def unpacked_bytes(workload: Workload) -> int:
 def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """Beside the weights while they load: a chunk as it is read; or a parameter that is read, in the place of what it
     will be packed into, and then packed."""
-    chunk = LOAD_ELEMENTS * FP32 if workload.device == "cpu" else LOAD_ELEMENTS * workload.element_bytes
     held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant).values()
+    elements = min(LOAD_ELEMENTS, max(shard.num_elements for shard in held))
+    chunk = elements * (FP32 if workload.device == "cpu" else workload.element_bytes)
     unpacked = [shard for shard in held if is_quantized(shard, workload.quant)]
     if not unpacked:
         return chunk
@@ -146,12 +150,14 @@ def packed_row_bytes(cols: int, quant: str) -> int:
 
 
 class WeightBytes(NamedTuple):
-    """Bytes of one rank's parameters: of one block, which are all alike; of what is outside of the blocks; and of the
-    embeddings among these, of which a step reads a few rows, unless they are the output matrix too."""
+    """Bytes of one rank's parameters: of one block, which are all alike; of what is outside of the blocks; of the
+    embeddings among these, of which a step reads a few rows, unless they are the output matrix too; and of the buffer
+    that holds one block where some wait elsewhere."""
 
     block: int
     others: int
     lookup: int
+    buffer: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -159,9 +165,10 @@ def parameters(config: ModelConfig, rank: int, mp: int, quant: str, dtype: str) 
     """Summed over one block, since the layout of each is the same."""
     held = run_time_shards(replace(config, num_layers=1), rank, mp, quant)
     sizes = {name: shard_bytes(shard, quant, BYTES_PER_ELEMENT[dtype]) for name, shard in held.items()}
-    block = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    block = [size for name, size in sizes.items() if name.startswith("layers.")]
     lookup = 0 if config.tied_embeddings else sizes["tok_embeddings.weight"]
-    return WeightBytes(block, sum(sizes.values()) - block, lookup)
+    buffer = sum(padded(size, ALIGNMENT) for size in block)
+    return WeightBytes(sum(block), sum(sizes.values()) - sum(block), lookup, buffer)
 
 
 def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str, quant: str = "none") -> int:
@@ -170,11 +177,27 @@ def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str, quant: str
     return config.num_layers * held.block + held.others
 
 
+def num_streamed(config: ModelConfig, workload: Workload) -> int:
+    """Blocks that come and go: none where all that do not stay would find a slot each."""
+    leaving = 0 if workload.offload == "none" else config.num_layers - workload.num_staying
+    return leaving if leaving > BLOCK_SLOTS else 0
+
+
 def device_weight_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
-    """Weights on the device: all of them; with offloading two blocks and what is outside of the blocks."""
+    """Weights on the device: all of them; with offloading what is outside of the blocks, those that stay, two slots."""
     held = parameters(config, 0, mp, workload.quant, workload.dtype)
-    num_blocks = config.num_layers if workload.offload == "none" else min(BLOCK_SLOTS, config.num_layers)
-    return num_blocks * held.block + held.others
+    streamed = num_streamed(config, workload)
+    if streamed == 0:
+        return config.num_layers * held.block + held.others
+    return (config.num_layers - streamed + BLOCK_SLOTS) * held.buffer + held.others
+
+
+def waiting_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """Buffers of a rank in main memory: of the blocks that wait there, or on their way from the disk to a GPU."""
+    streamed = num_streamed(config, workload)
+    by_way = BLOCK_SLOTS if streamed and workload.device == "cuda" else 0  # a CPU reads into the slots themselves
+    num_buffers = streamed if workload.offload == "cpu" else by_way
+    return num_buffers * parameters(config, 0, mp, workload.quant, workload.dtype).buffer
 
 
 def decode_read_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
@@ -184,10 +207,8 @@ def decode_read_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
 
 
 def offloaded_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
-    """Blocks of one rank that wait in the host's memory or on disk."""
-    if workload.offload == "none":
-        return 0
-    return config.num_layers * parameters(config, 0, mp, workload.quant, workload.dtype).block
+    """What comes to the device of one rank in a step."""
+    return num_streamed(config, workload) * parameters(config, 0, mp, workload.quant, workload.dtype).block
 
 
 def checkpoint_bytes(config: ModelConfig, dtype: str) -> int:
@@ -223,6 +244,14 @@ CPU_RUNTIME_BYTES = 165_000_000
 CUBLAS_BYTES = 32 << 20
 
 
+CUDA_LATER_BYTES = 200_000_000  # of the above, what kernels and cuBLAS take as they are used first: an estimate
+
+
+def later_bytes(mp: int, device: str) -> int:
+    """What a process takes on its device once it computes, and what is free before does not show."""
+    return 0 if device == "cpu" else CUDA_LATER_BYTES + runtime_bytes(mp, device) - CUDA_RUNTIME_BYTES
+
+
 def runtime_bytes(mp: int, device: str) -> int:
     if device == "cpu":
         return CPU_RUNTIME_BYTES
@@ -234,5 +263,4 @@ def host_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     chunk in fp32 each and the blocks that wait there; on a CPU all that they hold."""
     if workload.device == "cpu":
         return mp * rank_memory(config, mp, workload).total_bytes
-    waiting = offloaded_bytes(config, mp, workload) if workload.offload == "cpu" else 0
-    return mp * (CUDA_HOST_BYTES + LOAD_ELEMENTS * FP32 + waiting)
+    return mp * (CUDA_HOST_BYTES + LOAD_ELEMENTS * FP32 + waiting_bytes(config, mp, workload))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mp.advice import Device, Option, advice, fits, max_batch_size
+from llama_mp.advice import Device, Option, advice, fits, max_batch_size, with_staying
 from llama_mp.config import ModelConfig, load_size, size_names
 from llama_mp.errors import RequestError
 from llama_mp.flags import Flags, check_at_least, flag
@@ -85,12 +85,17 @@ class Plan:
         return card and Device(card.usable_bytes, card.bandwidth_bytes_per_s, card.has_bf16)
 
     @property
+    def settled(self) -> Workload:
+        """The workload as it would run on the card: more than two blocks stay on it where it has room for them."""
+        return with_staying(self.config, self.mp, self.workload, self.device) if self.device else self.workload
+
+    @property
     def per_rank(self) -> RankMemory:
-        return rank_memory(self.config, self.mp, self.workload)
+        return rank_memory(self.config, self.mp, self.settled)
 
     @property
     def host_bytes(self) -> int:
-        return host_bytes(self.config, self.mp, self.workload)
+        return host_bytes(self.config, self.mp, self.settled)
 
     @property
     def disk_bytes(self) -> int:

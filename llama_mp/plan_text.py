@@ -62,7 +62,7 @@ def verdict(plan: Plan, coloured: bool) -> list[str]:
         return ["no card was named, and none was found here: give --gpu NAME or --vram_gib GIB to know what fits"]
     room = f"{plan.card.name}, {plan.card.memory_bytes / GIB:.1f} GiB of which the driver keeps {RESERVED:.1%}"
     if plan.fits:
-        speed = tokens_per_s(plan.config, plan.mp, plan.workload, plan.device)
+        speed = tokens_per_s(plan.config, plan.mp, plan.settled, plan.device)
         limit = "" if speed is None else f"; at most {rate(speed)} by its bandwidth, the cache full"
         return [painted("fits", GREEN, coloured) + f" {room}: batches up to {plan.max_batch_size}{limit}"]
     lines = [painted("does not fit", RED, coloured) + f" {room}"]

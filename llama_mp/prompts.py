@@ -7,13 +7,15 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_mp.config import SamplingConfig
 from llama_mp.errors import RequestError
+
+Messages = Sequence[Mapping[str, str]]
 
 # Sentences to go on with, not questions: a base model completes, it does not answer.
 BUILT_IN_PROMPTS = (
@@ -34,6 +36,15 @@ class Prompt:
 
     def __post_init__(self) -> None:
         assert (self.text is None) != (self.messages is None), "a prompt has either text or messages"
+
+
+def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> Prompt:
+    """`prompt` as infer would read it from a file; its id, which the randomness hangs on, is its index."""
+    if isinstance(prompt, str):
+        return Prompt(id=str(index), text=prompt, sampling=sampling)
+    if not isinstance(prompt, Sequence):
+        raise RequestError(f"prompts[{index}] is a {type(prompt).__name__}, but must be a text or a list of messages")
+    return Prompt(id=str(index), messages=tuple(prompt), sampling=sampling)
 
 
 def read_prompts_file(path: Path, sampling: SamplingConfig) -> tuple[list[Prompt], int]:

@@ -18,9 +18,10 @@ from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
 from llama_mp.errors import RunError, one_line
 from llama_mp.layout import Span, fuse, shards
-from llama_mp.llm import LLM, unique_parameters
+from llama_mp.llm import LLM
 from llama_mp.locate import locate, random_checkpoint
 from llama_mp.model import build
+from llama_mp.offload import weight_bytes_of
 from llama_mp.parallel import World, connect, reduce
 from llama_mp.request import Request
 from llama_mp.runner import Leader, follow
@@ -166,7 +167,7 @@ def quantized(path: Path, tokenizer: Path, prompt: list[int], quants: list[str])
         llm = load(world, path, tokenizer, quant=quant)
         held = {name: parameter.numpy() for name, parameter in llm.model.named_parameters()}
         found = ask_one(llm, prompt, num_tokens=4)
-        results.append(Quantized(held, sum(one.nbytes for one in unique_parameters(llm.model)), found))
+        results.append(Quantized(held, weight_bytes_of(llm.model), found))
     world.close()
     return results
 

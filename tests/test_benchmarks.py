@@ -61,6 +61,19 @@ def test_sums_over_the_ranks_are_measured_by_both_ways():
 
 
 @pytest.mark.slow
+def test_blocks_from_the_disk_are_measured_beside_the_disk(tmp_path):
+    flags = ("--size", "smollm2-135m", "--layers", "12", "--budget_gib", "0.1", "--pairs", "1", "--gen_len", "2")
+    done = run(sys.executable, ROOT / "benchmarks" / "offload.py", *flags, "--folder", tmp_path)
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["disk_rate"]["ratio"] > 0
+    for part in ("disk_written", "disk_found"):
+        assert 0.5 < result[part]["peak_to_budget"] < 1.3
+        assert result[part]["gb_per_token"] < result[part]["weights_gb"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_fewer_bits_cost_little_quality():
     done = run(sys.executable, QUALITY, "--max_tokens", "2048")
     assert done.code == 0, done.stderr

@@ -99,9 +99,9 @@ def terminal(commands: str, folder: Path, home: Path) -> tuple[int, str]:
     return done.code, done.stdout
 
 
-def with_speed(page: str) -> object:
-    """A bench takes its time: its verb has quick tests of its own."""
-    return pytest.param(page, marks=pytest.mark.slow) if page == "bench.md" else page
+def with_patience(page: str) -> object:
+    """A bench takes its time, and so do blocks from the disk: both have quick tests of their own."""
+    return pytest.param(page, marks=pytest.mark.slow) if page in ("bench.md", "offload.md") else page
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def checks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield {page: pool.submit(check_page, page, tmp_path_factory.mktemp("page"), home) for page in pages}
 
 
-@pytest.mark.parametrize("page", [with_speed(page) for page in PAGES])
+@pytest.mark.parametrize("page", [with_patience(page) for page in PAGES])
 def test_every_command_of_a_page_prints_what_it_shows(page: str, checks: dict[str, Future]) -> None:
     checks[page].result()
 

@@ -57,15 +57,21 @@ def test_the_refusal_says_what_is_needed_what_is_free_and_what_to_do() -> None:
     )
 
 
-def test_what_this_version_cannot_do_is_not_advised_nor_more_ranks_in_one_memory() -> None:
+def test_more_ranks_are_not_advised_in_one_memory() -> None:
     for free in (GIB // 2, 2 * GIB, 8 * GIB, 14 * GIB):
         for is_shared in (True, False):
             with pytest.raises(RequestError) as refused:
                 check_fits(SEVEN, 1, WORK, room(free, is_shared=is_shared))
             text = str(refused.value)
-            assert "--force" in text and "--offload" not in text
+            assert "--force" in text
             assert ("--mp" in text) is (not is_shared and free > GIB)
-            assert ("--quant" in text) is (free > (8 * GIB if is_shared else GIB))
+            assert ("give --quant" in text or "give --offload" in text or "give --mp" in text) is (free > GIB)
+
+
+def test_in_main_memory_too_blocks_may_wait_on_the_disk() -> None:
+    work = Workload(dtype="bf16", seq_len=512, device="cpu")
+    with pytest.raises(RequestError, match=r"7B over 1 rank .* give .*--offload disk.*, or --force to try"):
+        check_fits(SEVEN, 1, work, Room(4 * GIB, "for it in main memory", is_shared=True))
 
 
 # ---- free memory -------------------------------------------------------------------------------------------------

@@ -130,3 +130,27 @@ def test_memory_is_returned(smollm2_file: Path) -> None:
         assert torch.cuda.memory_allocated() - before >= llm.loaded.weight_bytes
     del llm
     assert torch.cuda.memory_allocated() <= before
+
+
+# ---- blocks that wait elsewhere ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_streamed_equals_resident_within_the_budget(
+    smollm2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = {"device": "cuda", "dtype": "fp32", "max_seq_len": 64, "max_batch_size": 3}
+    prompts = ["The capital of France is", "Once upon a time", "Two and two are"]
+    with LLM(smollm2_file, **flags) as llm:
+        expected = llm.generate(prompts, temperature=0, max_gen_len=16)
+    for gib in (0.185, 0.185, 0.4):  # two blocks; the same, from the disk found again; some stay
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        with LLM(smollm2_file, offload=place, device_memory_gib=gib, **flags) as llm:
+            assert (llm.fitting.num_staying > 0) == (gib > 0.3)
+            assert llm.generate(prompts, temperature=0, max_gen_len=16) == expected
+            peak, planned = llm.peak_memory.read() - before, llm.planned.allocated_bytes
+        del llm
+        assert planned <= gib * 2**30 and peak <= 1.1 * gib * 2**30
+        assert torch.cuda.memory_allocated() <= before

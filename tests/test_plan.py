@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import ROOT, Done, Talk, run
 
-from llama_mp.advice import NOT_YET, Device, advice, fits, flags_of, max_batch_size, max_seq_len, tokens_per_s
+from llama_mp.advice import (
+    Device,
+    advice,
+    fits,
+    flags_of,
+    max_batch_size,
+    max_seq_len,
+    tokens_per_s,
+    with_staying,
+)
 from llama_mp.checkpoint.load import open_source
 from llama_mp.config import load_size, size_names
 from llama_mp.gpus import find_gpu
@@ -138,8 +147,6 @@ def test_a_model_that_does_not_fit_comes_with_what_does_the_fastest_first() -> N
     rates = [float(option.split("at most ")[1].split()[0].replace(",", "")) for option in options]
     assert len(options) >= 4 and rates == sorted(rates, reverse=True)
     assert [option for option in options if option.startswith("--mp 2: ")]
-    for option in options:
-        assert option.endswith(NOT_YET) == ("--offload" in option)
 
 
 @settings(deadline=None, max_examples=40)
@@ -276,3 +283,21 @@ def test_plan_flags_have_the_contracts_defaults() -> None:
         "none",
     )
     assert plan_one(replace(flags, gpu="RTX 3090"), load_size("7B")).card is find_gpu("3090")
+
+
+# ---- offload -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_leaves_as_many_blocks_on_a_card_as_fit_it() -> None:
+    config, workload = load_size("7B"), Workload(dtype="fp16", offload="cpu")
+    free = with_staying(config, 1, workload, Device(2**40, None))
+    assert free.num_staying == 32 and rank_memory(config, 1, free) == rank_memory(config, 1, Workload(dtype="fp16"))
+    room = Device(8 * 10**9, 448e9)
+    some = with_staying(config, 1, workload, room)
+    assert 0 < some.num_staying < 30 and fits(config, 1, some, room)
+    assert not fits(config, 1, replace(some, num_staying=some.num_staying + 1), room)
+    assert tokens_per_s(config, 1, some, room) > tokens_per_s(config, 1, workload, room)
+    small = Device(10**9, 448e9)
+    assert with_staying(config, 1, workload, small).num_staying == 0 and not fits(config, 1, workload, small)
+    found = planned("--size", "7B", "--offload", "cpu", "--vram_gib", "8")
+    assert found["fits"] and 7.5 * 2**30 < found["per_rank"]["total_bytes"] <= 8 * 2**30
