@@ -134,7 +134,7 @@ class LLM:
         wanted = run_time_shards(self.config, world.rank, world.size, self.run.quant)
         wanted = {name: shard for name, shard in wanted.items() if not (has_blocks and block_of(name))}
         with Quantizer(self.run.quant, wanted.values(), world) as finish:
-            model = build(self.config, world.size, self.run.quant)
+            model = build(self.config, world.size, self.run.quant, self.dtype)
             parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
             progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
             parameters = tqdm(parameters, "loading", **progress)

@@ -38,7 +38,7 @@ class WithoutWeights(nn.Module):
 class ColumnLinear(WithoutWeights, ColumnParallelLinear):
     """fairscale's layer with its output left split, without the autograd wrappers of training."""
 
-    precision = torch.float32  # of the run, as `fill` finds it
+    precision = torch.float32  # of the run, as `build` is told
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False, gather_output=False)
@@ -202,24 +202,22 @@ def without_filling() -> Iterator[None]:
         fairscale_layers._initialize_affine_weight = fill_weight
 
 
-def build(config: ModelConfig, mp: int, quant: str = "none") -> Transformer:
-    """The rank's model without weights."""
+def build(config: ModelConfig, mp: int, quant: str = "none", precision: torch.dtype = torch.float32) -> Transformer:
+    """The rank's model without weights, for a run in `precision`."""
     config = replace(config, hidden_dim=padded(config.hidden_dim, hidden_unit(quant) * mp))
     with torch.device("meta"), without_filling():
         model = Transformer(config, mp).eval().requires_grad_(False)
     for module in model.modules():
-        is_tied = module is model.output and config.tied_embeddings
-        if quant != "none" and isinstance(module, ColumnLinear | RowLinear) and not is_tied:
-            module.weight = nn.Parameter(empty_packed(module.weight, quant), requires_grad=False)
+        if isinstance(module, ColumnLinear | RowLinear):
+            module.precision = precision
+            is_tied = module is model.output and config.tied_embeddings
+            if quant != "none" and not is_tied:
+                module.weight = nn.Parameter(empty_packed(module.weight, quant), requires_grad=False)
     return model
 
 
 def fill(model: Transformer, parameters: dict[str, torch.Tensor]) -> None:
-    """Give `model` its weights, every one of them. Embeddings are of the run's precision; tied ones serve as
-    the output matrix too."""
-    for module in model.modules():
-        if isinstance(module, ColumnLinear | RowLinear):
-            module.precision = parameters["tok_embeddings.weight"].dtype
+    """Give `model` its weights, every one of them. Tied embeddings serve as the output matrix too."""
     parameters = {"output.weight": parameters["tok_embeddings.weight"], **parameters}
     model.load_state_dict(parameters, strict=True, assign=True)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from llama_mp.compiled import cache_folder
 from llama_mp.config import ModelConfig, RunConfig
 from llama_mp.errors import RequestError
-from llama_mp.kernels import cache_folder
 from llama_mp.memory import Workload, num_streamed, parameters
 from llama_mp.model import Transformer, fill
 from llama_mp.packed import BlockFile, identity

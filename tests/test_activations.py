@@ -63,7 +63,7 @@ def peaks(name: str, dtype: str, fast_bf16: bool) -> dict[str, int] | None:
     world = jobs.connect(jobs.RunConfig(device="cpu"))
     torch.set_num_threads(1)
     config, kind, mp = MODELS[name], DTYPES[dtype], world.size
-    model = build(config, mp)
+    model = build(config, mp, precision=kind)
     fill(model, {n: torch.rand(s.shape).to(kind) / 99 for n, s in run_time_shards(config, world.rank, mp).items()})
     cache = KVCache.allocate(config, mp, num_slots=4, max_seq_len=LENGTH, dtype=kind, device=CPU)
     rotations, runner = allocated(lambda: Runner(config, model, cache))
