@@ -50,9 +50,10 @@ INLINE floats values_of(words w) { return __builtin_convertvector((integers)w, f
 typedef struct {
     const char *w;     /* the row */
     long row_bytes;    /* from one row to the next */
-    const float *x;    /* [batch, num_cols] */
+    const float *x;    /* [batch, x_length] */
     const float *sums; /* of x: of each group for INT4, of all for INT8, [batch, num_sums] */
-    long num_cols;     /* of x: filled up with zeros to whole units */
+    long num_cols;     /* filled up with zeros to whole units */
+    long x_length;
     long num_groups;
     long num_sums;
 } operands;
@@ -77,7 +78,7 @@ INLINE void products_bf16(const operands *o, int batch, floats (*sums)[CHAINS]) 
             __builtin_prefetch(at + AHEAD);
             floats even = as_floats(pairs << 16), odd = as_floats(pairs & 0xffff0000u);
             UNROLL for (int b = 0; b < batch; b++) {
-                const float *x = o->x + b * o->num_cols + i + part * 2 * LANES;
+                const float *x = o->x + b * o->x_length + i + part * 2 * LANES;
                 sums[b][2 * part] += even * *(const floats *)x;
                 sums[b][2 * part + 1] += odd * *(const floats *)(x + LANES);
             }
@@ -96,7 +97,7 @@ INLINE void products_int8(const operands *o, int batch, floats (*sums)[CHAINS]) 
         UNROLL for (int k = 0; k < 4; k++) {
             floats w = values_of(k < 3 ? codes & 0xffu << 8 * k : codes >> 24);
             UNROLL for (int b = 0; b < batch; b++)
-                sums[b][k] += w * *(const floats *)(o->x + b * o->num_cols + i + k * LANES);
+                sums[b][k] += w * *(const floats *)(o->x + b * o->x_length + i + k * LANES);
         }
     }
 }
@@ -108,8 +109,9 @@ INLINE floats nibbles(words codes, int k) {
     return as_floats((highest & 0x00780000u) | 0x3f800000u);
 }
 
+/* A sixteenth of the codes' products with 8 vectors of x, behind which lies what undoes the ones. */
 INLINE floats sum_of_groups(words codes, const float *x) {
-    floats low = {0}, high = {0};
+    floats low = *(const floats *)(x + 8 * LANES), high = {0};
     UNROLL for (int k = 0; k < 8; k += 2) {
         low += nibbles(codes, k) * *(const floats *)(x + k * LANES);
         high += nibbles(codes, k + 1) * *(const floats *)(x + (k + 1) * LANES);
@@ -123,7 +125,7 @@ INLINE void products_int4(const operands *o, int batch, floats (*sums)[CHAINS]) 
     for (long i = 0; i < o->num_cols; i += LANES * GROUP) {
         words pairs = LOAD(ranges + i / GROUP * 4, end, room);
         __builtin_prefetch(ranges + i / GROUP * 4 + AHEAD);
-        floats scales = from_half(pairs & 0xffff) * 16.0f, offsets = from_half(pairs >> 16) - scales;
+        floats scales = from_half(pairs & 0xffff) * 16.0f, offsets = from_half(pairs >> 16);
         UNROLL for (int b = 0; b < batch; b++)
             sums[b][0] += offsets * *(const floats *)(o->sums + b * o->num_sums + i / GROUP);
         UNROLL for (int quarter = 0; quarter < 4; quarter++) {
@@ -133,7 +135,7 @@ INLINE void products_int4(const operands *o, int batch, floats (*sums)[CHAINS]) 
             __builtin_prefetch(o->w + at / 2 + AHEAD);
             floats scale = four_times(scales, quarter);
             UNROLL for (int b = 0; b < batch; b++)
-                sums[b][1 + quarter % 2] += sum_of_groups(codes, o->x + b * o->num_cols + at) * scale;
+                sums[b][1 + quarter % 2] += sum_of_groups(codes, o->x + b * o->x_length + at / 8 * 9) * scale;
         }
     }
 }
@@ -182,11 +184,14 @@ static void prepare(int kind, const float *x, const operands *o, float *prepared
                 }
     } else { /* the low nibbles of a group's 16 bytes first, then the high ones */
         for (long g = 0; g < n / GROUP; g++, x += GROUP) {
-            float *at = prepared + g / GROUPS * GROUPS * GROUP + g % GROUPS * 4;
+            float *at = prepared + g / GROUPS * 9 * LANES + g % GROUPS * 4;
             for (int k = 0; k < 8; k++)
-                for (int word = 0; word < 4; word++)
-                    at[k * LANES + word] = x[4 * word + k / 2 + k % 2 * GROUP / 2];
-            for (int i = 0; i < GROUP; i++) sums[g] += x[i];
+                for (int word = 0; word < 4; word++) {
+                    float value = x[4 * word + k / 2 + k % 2 * GROUP / 2];
+                    at[k * LANES + word] = value;
+                    at[8 * LANES + word] -= value;
+                    sums[g] += value;
+                }
         }
     }
 }
@@ -197,16 +202,17 @@ int linear(int kind, const char *w, const float *x, float *y, long batch, long r
     static const long units[] = {4 * LANES, 4 * LANES, 8 * LANES}; /* of columns, by kind */
     long num_groups = kind == INT4 ? (cols + GROUP - 1) / GROUP : 0;
     operands all = {w, row_bytes, .num_cols = (cols + units[kind] - 1) / units[kind] * units[kind]};
+    all.x_length = kind == INT4 ? all.num_cols / 8 * 9 : all.num_cols;
     all.num_groups = num_groups, all.num_sums = (num_groups / LANES + 1) * LANES;
-    size_t num_bytes = (all.num_cols + batch * (all.num_cols + all.num_sums)) * sizeof(float);
+    size_t num_bytes = (all.num_cols + batch * (all.x_length + all.num_sums)) * sizeof(float);
     float *room = aligned_alloc(sizeof(floats), num_bytes); /* each part of it is of whole vectors */
     if (!room) return 1;
     memset(room, 0, num_bytes);
-    float *prepared = room + all.num_cols, *sums = prepared + batch * all.num_cols;
+    float *prepared = room + all.num_cols, *sums = prepared + batch * all.x_length;
     all.x = prepared, all.sums = sums;
     for (long b = 0; b < batch; b++) {
         memcpy(room, x + b * cols, cols * sizeof *x);
-        prepare(kind, room, &all, prepared + b * all.num_cols, sums + b * all.num_sums);
+        prepare(kind, room, &all, prepared + b * all.x_length, sums + b * all.num_sums);
     }
     long num_blocks = (rows + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static)
@@ -214,7 +220,7 @@ int linear(int kind, const char *w, const float *x, float *y, long batch, long r
         long first = block * BLOCK, count = rows - first < BLOCK ? rows - first : BLOCK;
         for (long b = 0; b < batch; b += BATCH) { /* the rows of W stay in the cache for all of the batch */
             operands o = all;
-            o.w += first * row_bytes, o.x += b * all.num_cols, o.sums += b * all.num_sums;
+            o.w += first * row_bytes, o.x += b * all.x_length, o.sums += b * all.num_sums;
             int some = batch - b < BATCH ? batch - b : BATCH;
             (kind == BF16 ? all_bf16 : kind == INT8 ? all_int8 : all_int4)(&o, count, some, y + b * rows + first, rows);
         }

@@ -74,7 +74,7 @@ def not_finite(shard: Shard, parameter: torch.Tensor, most: float = math.inf) ->
     return list(dict.fromkeys(p.source for p, part in parts.items() if not is_finite(part, most)))
 
 
-def is_finite(tensor: torch.Tensor, most: float) -> bool:
+def is_finite(tensor: torch.Tensor, most: float = math.inf) -> bool:
     """Extremes take over NaN, at the speed of memory; on a CPU isfinite().all() takes thirty times as long."""
     if tensor.numel() == 0:
         return True
