@@ -21,10 +21,10 @@ INLINE float half_to_float(uint16_t half) {
     return half & 0x8000 ? -value : value;
 }
 
-/* IEEE half in the low 16 bits to single: exact, but for infinities and NaN, which scales are not. */
-INLINE floats from_half(words half) {
-    floats magnitude = as_floats((half & 0x7fff) << 13) * 0x1p112f;
-    return as_floats((words)magnitude | (half & 0x8000) << 16);
+/* IEEE half in the high 16 bits to single, times `factor`: exact, but for infinities and NaN, which ranges are not. */
+INLINE floats from_half(words half, float factor) {
+    floats magnitude = as_floats((half & 0x7fff0000) >> 3) * (factor * 0x1p112f);
+    return as_floats((words)magnitude | (half & 0x80000000));
 }
 
 /* GROUPS of the floats of `v`, from the first of the given quarter, each four times. */
@@ -119,25 +119,31 @@ INLINE floats sum_of_groups(words codes, const float *x) {
     return low + high;
 }
 
-INLINE void products_int4(const operands *o, int batch, floats (*sums)[CHAINS]) {
-    const char *end = o->w + o->row_bytes, *ranges = o->w + o->num_groups * GROUP / 2;
+/* LANES groups from column i on; `is_whole`: the row holds all of them. */
+INLINE void add_groups(const operands *o, long i, int is_whole, int batch, floats (*sums)[CHAINS]) {
+    const char *end = o->w + o->row_bytes, *ranges = o->w + o->num_groups * GROUP / 2 + i / GROUP * 4;
     char room[sizeof(words)];
-    for (long i = 0; i < o->num_cols; i += LANES * GROUP) {
-        words pairs = LOAD(ranges + i / GROUP * 4, end, room);
-        __builtin_prefetch(ranges + i / GROUP * 4 + AHEAD);
-        floats scales = from_half(pairs & 0xffff) * 16.0f, offsets = from_half(pairs >> 16);
+    words pairs = is_whole ? *(const words *)ranges : LOAD(ranges, end, room);
+    __builtin_prefetch(ranges + AHEAD);
+    floats scales = from_half(pairs << 16, 16), offsets = from_half(pairs, 1);
+    UNROLL for (int b = 0; b < batch; b++)
+        sums[b][0] += offsets * *(const floats *)(o->sums + b * o->num_sums + i / GROUP);
+    UNROLL for (int quarter = 0; quarter < 4; quarter++) {
+        long column = i + quarter * GROUPS * GROUP;
+        if (!is_whole && column >= o->num_cols) break;
+        const char *at = o->w + column / 2;
+        words codes = is_whole ? *(const words *)at : LOAD(at, end, room);
+        __builtin_prefetch(at + AHEAD);
+        floats scale = four_times(scales, quarter);
         UNROLL for (int b = 0; b < batch; b++)
-            sums[b][0] += offsets * *(const floats *)(o->sums + b * o->num_sums + i / GROUP);
-        UNROLL for (int quarter = 0; quarter < 4; quarter++) {
-            long at = i + quarter * GROUPS * GROUP;
-            if (at >= o->num_cols) break;
-            words codes = LOAD(o->w + at / 2, end, room);
-            __builtin_prefetch(o->w + at / 2 + AHEAD);
-            floats scale = four_times(scales, quarter);
-            UNROLL for (int b = 0; b < batch; b++)
-                sums[b][1 + quarter % 2] += sum_of_groups(codes, o->x + b * o->x_length + at / 8 * 9) * scale;
-        }
+            sums[b][1 + quarter % 2] += sum_of_groups(codes, o->x + b * o->x_length + column / 8 * 9) * scale;
     }
+}
+
+INLINE void products_int4(const operands *o, int batch, floats (*sums)[CHAINS]) {
+    long i = 0;
+    for (; i + LANES * GROUP <= o->num_groups * GROUP; i += LANES * GROUP) add_groups(o, i, 1, batch, sums);
+    if (i < o->num_cols) add_groups(o, i, 0, batch, sums);
 }
 
 /* y[b * num_rows + r] for some rows of W, one after the other, as memory is read fastest, and `batch` rows of x. */
@@ -183,15 +189,15 @@ static void prepare(int kind, const float *x, const operands *o, float *prepared
                     prepared[k * LANES + word] = x[4 * word + k] * (k < 3 ? 1.0f / (1 << 8 * k) : 1.0f);
                 }
     } else { /* the low nibbles of a group's 16 bytes first, then the high ones */
-        for (long g = 0; g < n / GROUP; g++, x += GROUP) {
-            float *at = prepared + g / GROUPS * 9 * LANES + g % GROUPS * 4;
-            for (int k = 0; k < 8; k++)
-                for (int word = 0; word < 4; word++) {
-                    float value = x[4 * word + k / 2 + k % 2 * GROUP / 2];
-                    at[k * LANES + word] = value;
-                    at[8 * LANES + word] -= value;
-                    sums[g] += value;
-                }
+        for (long i = 0; i < n; i += GROUPS * GROUP, prepared += 9 * LANES, sums += GROUPS) {
+            floats less = {0};
+            for (int k = 0; k < 8; k++) {
+                const float *from = x + i + k / 2 + k % 2 * GROUP / 2;
+                for (int lane = 0; lane < LANES; lane++) prepared[k * LANES + lane] = from[lane / 4 * GROUP + lane % 4 * 4];
+                less -= *(const floats *)(prepared + k * LANES);
+            }
+            *(floats *)(prepared + 8 * LANES) = less;
+            for (int g = 0; g < GROUPS; g++) sums[g] = -(less[4 * g] + less[4 * g + 1] + less[4 * g + 2] + less[4 * g + 3]);
         }
     }
 }

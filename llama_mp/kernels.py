@@ -33,14 +33,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype = torch
     Where `precision`, the run's, is bf16, the factors of many rows may be rounded to it; sums are fp32 in any case."""
     if x.dtype is weight.dtype:
         return F.linear(x, weight)
-    few = len(x) <= MAX_ROWS and x.dtype is torch.float32 and weight.dtype in KINDS and x.shape[1] % 2 == 0
+    num_rows, num_cols = x.shape
+    few = num_rows <= MAX_ROWS and x.dtype is torch.float32 and weight.dtype in KINDS and num_cols % 2 == 0
     return linear_of_few(x, weight) if few and load_kernels() else linear_of_many(x, weight, precision)
 
 
 def linear_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`linear` by the compiled kernels: x in fp32 on the CPU with an even number of columns, `weight` contiguous."""
     x = x.contiguous()
-    (num_rows, num_cols), num_out = x.shape, len(weight)
+    (num_rows, num_cols), num_out = x.shape, weight.shape[0]
     y = torch.empty(num_rows, num_out)
     addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
     if load_kernels().linear(KINDS[weight.dtype], *addresses, num_rows, num_out, num_cols, row_bytes(weight)):
