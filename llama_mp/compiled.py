@@ -27,9 +27,15 @@ def load_library(source: Path, *options: str) -> ctypes.CDLL | None:
     try:
         return library_of(source, *options)
     except OSError as error:
-        if rank_zero_speaks():
-            print(f"{error}: slower ways are used", file=sys.stderr)
+        say_once(f"no compiled kernels ({error}): torch's own, slower ones are used")
         return None
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """On stderr, on rank 0: what keeps one source from being built mostly keeps all."""
+    if rank_zero_speaks():
+        print(text, file=sys.stderr)
 
 
 @functools.cache
@@ -38,7 +44,7 @@ def library_of(source: Path, *options: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(built_library(source, [*COMPILE, *options])))
     except (OSError, subprocess.CalledProcessError) as error:
-        raise OSError(f"{source.name} is not compiled ({reason(error)})") from error
+        raise OSError(reason(error)) from error
 
 
 def built_library(source: Path, options: list[str]) -> Path:
@@ -85,5 +91,5 @@ def cache_folder() -> Path:
 def reason(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         said = error.stderr.decode(errors="replace").strip().splitlines()
-        return f"{' '.join(error.cmd[:2])} failed" + (f": {said[-1]}" if said else "")
+        return f"{error.cmd[0]} failed" + (f": {said[-1]}" if said else "")
     return " ".join(str(error).split())

@@ -9,7 +9,8 @@
 #include "vectors.h"
 
 enum { FP32, BF16 };
-enum { POSITIONS = 64, PARALLEL = 1 << 15 }; /* positions between two looks at the maximum; floats that pay for threads */
+enum { POSITIONS = 64 };     /* between two looks at the maximum */
+enum { PARALLEL = 1 << 15 }; /* floats that pay for threads */
 
 INLINE float element(int kind, const char *from, long i) {
     return kind == FP32 ? ((const float *)from)[i] : from_bf16(((const uint16_t *)from)[i]);
@@ -179,7 +180,8 @@ static void attend_group(const attention *a, const row_of *row, long kv, float *
  * [batch, heads + 2 KV heads, head_dim], `rotations` [batch, head_dim], `y` [batch, heads, head_dim] are fp32; row b's
  * slot lies b * slot_bytes behind `keys` and `values`, and its token at positions[b]. Returns 0, or 1 for no memory. */
 int attend(const float *heads, const float *rotations, char *keys, char *values, const int64_t *positions, float *y,
-           int kind, long batch, long num_heads, long num_kv_heads, long head_dim, long slot_bytes, long position_bytes) {
+           int kind, long batch, long num_heads, long num_kv_heads, long head_dim, long slot_bytes,
+           long position_bytes) {
     attention a = {kind, num_heads, num_kv_heads, head_dim, position_bytes};
     long tasks = batch * num_kv_heads, width = (num_heads + 2 * num_kv_heads) * head_dim, work = 0, room = room_for(&a);
     for (long b = 0; b < batch; b++) work += (positions[b] + 1) * num_heads * head_dim;

@@ -30,10 +30,10 @@ INLINE floats from_half(words half, float factor) {
 /* GROUPS of the floats of `v`, from the first of the given quarter, each four times. */
 INLINE floats four_times(floats v, int quarter) {
 #if LANES == 8
-#define SPREAD(i) __builtin_shufflevector(v, v, i, i, i, i, i + 1, i + 1, i + 1, i + 1)
+#define SPREAD(i) SHUFFLED(v, i, i, i, i, i + 1, i + 1, i + 1, i + 1)
 #else
 #define SPREAD(i) \
-    __builtin_shufflevector(v, v, i, i, i, i, i + 1, i + 1, i + 1, i + 1, i + 2, i + 2, i + 2, i + 2, i + 3, i + 3, i + 3, i + 3)
+    SHUFFLED(v, i, i, i, i, i + 1, i + 1, i + 1, i + 1, i + 2, i + 2, i + 2, i + 2, i + 3, i + 3, i + 3, i + 3)
 #endif
     switch (quarter) {
     case 0: return SPREAD(0);
@@ -193,11 +193,12 @@ static void prepare(int kind, const float *x, const operands *o, float *prepared
             floats less = {0};
             for (int k = 0; k < 8; k++) {
                 const float *from = x + i + k / 2 + k % 2 * GROUP / 2;
-                for (int lane = 0; lane < LANES; lane++) prepared[k * LANES + lane] = from[lane / 4 * GROUP + lane % 4 * 4];
+                for (int lane = 0; lane < LANES; lane++)
+                    prepared[k * LANES + lane] = from[lane / 4 * GROUP + lane % 4 * 4];
                 less -= *(const floats *)(prepared + k * LANES);
             }
             *(floats *)(prepared + 8 * LANES) = less;
-            for (int g = 0; g < GROUPS; g++) sums[g] = -(less[4 * g] + less[4 * g + 1] + less[4 * g + 2] + less[4 * g + 3]);
+            for (int lane = 0; lane < LANES; lane++) sums[lane / 4] -= less[lane];
         }
     }
 }

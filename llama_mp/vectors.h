@@ -32,23 +32,29 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays Na
 
 INLINE floats as_floats(words bits) { return (floats)bits; }
 
-INLINE float sum_of(floats v) {
-    typedef float eight __attribute__((vector_size(32)));
-    typedef float four __attribute__((vector_size(16)));
-#if LANES == 16
-    eight a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#if __GNUC__ >= 12 || defined(__clang__)
+#define SHUFFLED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
 #else
-    eight a = v;
+#define SHUFFLED(v, ...) __builtin_shuffle(v, (integers){__VA_ARGS__})
 #endif
-    four b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    b += __builtin_shufflevector(b, b, 2, 3, 2, 3);
-    return b[0] + b[1];
+
+INLINE float sum_of(floats v) {
+#if LANES == 16
+    v += SHUFFLED(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += SHUFFLED(v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += SHUFFLED(v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+#else
+    v += SHUFFLED(v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += SHUFFLED(v, 2, 3, 0, 1, 2, 3, 0, 1);
+#endif
+    return v[0] + v[1];
 }
 
 /* e^x, to 3e-7 of its value; x below -87 counts as -87. */
 INLINE floats exp_of(floats x) {
-    words is_low = (words)(x < -87.0f), is_high = (words)(x > 88.0f);
-    x = as_floats((is_low & (words)(x * 0 - 87.0f)) | (is_high & (words)(x * 0 + 88.0f)) | (~(is_low | is_high) & (words)x));
+    floats least = (floats){0} - 87.0f, most = (floats){0} + 88.0f;
+    words is_low = (words)(x < least), is_high = (words)(x > most);
+    x = as_floats((is_low & (words)least) | (is_high & (words)most) | (~(is_low | is_high) & (words)x));
     floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 x 2^23: the sum is rounded to a whole number */
     floats whole = shifted - 12582912.0f;
     floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f; /* ln 2 in two parts */

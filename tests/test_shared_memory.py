@@ -111,8 +111,8 @@ def test_the_others_see_that_a_rank_was_killed_and_nothing_is_left(ranks: Ranks,
 @pytest.mark.parametrize(
     ("obstacle", "at", "reason"),
     [
-        ("no compiler", 0, "rank 0: shared_memory.c is not compiled (no C compiler no-such-compiler: install one"),
-        ("no compiler", 2, "rank 2: shared_memory.c is not compiled (no C compiler no-such-compiler: install one"),
+        ("no compiler", 0, "rank 0: no C compiler no-such-compiler: install one"),
+        ("no compiler", 2, "rank 2: no C compiler no-such-compiler: install one"),
         ("file limit", 0, "rank 0: File too large"),
         ("container", 1, "rank 1: /proc/"),
     ],
