@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 Run = Callable[[], Mapping[str, float]]
-STREAMED_BYTES = 1.2e9  # by the kernel alone: more than any cache holds
+STREAMED_BYTES, PASSES = 1.2e9, 20  # by the kernel alone: more than any cache holds, as often as others take a step
 
 
 def ours(file: str, threads: int, prompt_len: int, gen_len: int, quant: str) -> Run | None:
@@ -65,9 +65,9 @@ def kernel(_file: str, threads: int, *_: object) -> Run:
 
     def run() -> Mapping[str, float]:
         start = time.perf_counter()
-        for weight in weights:
+        for weight in weights * PASSES:
             linear_of_few(x, weight)
-        return {"achieved_gb_per_s": sum(w.nbytes for w in weights) / (time.perf_counter() - start) / 1e9}
+        return {"achieved_gb_per_s": PASSES * sum(w.nbytes for w in weights) / (time.perf_counter() - start) / 1e9}
 
     return run
 

@@ -7,7 +7,7 @@ are fp32 whatever the weights are (kernels.py).
 
 from typing import NamedTuple
 
-from llama_mp.chunks import QUANTIZE_ELEMENTS
+from llama_mp.chunks import PRODUCT_BYTES
 from llama_mp.config import ModelConfig
 from llama_mp.cores import has_fast_bf16
 from llama_mp.layout import heads_per_rank, padded
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
             return output
         if has_fast_bf16():
             return num_tokens * num_out * BF16 + max(num_tokens * num_in * BF16, output)
-        num_rows = min(num_out, max(1, QUANTIZE_ELEMENTS["cpu"] // num_in))
+        num_rows = min(num_out, max(1, PRODUCT_BYTES["cpu"] // FP32 // num_in))
         return output + num_rows * (num_in + num_tokens) * FP32
 
 

@@ -2,6 +2,7 @@
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one pass: enough for full speed, little enough for flat memory
 SCORED_CHUNK = 64  # the same where logits of each token are wanted: chunk x vocabulary in fp32
-# Of a matrix quantized, or unpacked for a product, at once: what stays in a cache, and keeps a GPU busy for a while.
+# Of a matrix quantized at once, or made the type of a product: what stays in a cache, and keeps a GPU busy for a while.
 QUANTIZE_ELEMENTS = {"cpu": 1 << 19, "cuda": 8 << 20}
+PRODUCT_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
 LOAD_ELEMENTS = 8 << 20  # of a checkpoint's tensor read at once, beside the rank's own weights: 32 MiB in fp32

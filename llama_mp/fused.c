@@ -1,5 +1,6 @@
-/* What a decode step on a CPU does between its matrix products, in fp32: norms, attention of one token a row, SwiGLU.
- * Each is a few microseconds of work, of which torch would make five to ten operations. */
+/* What a decode step on a CPU does between its matrix products, in fp32: norms, attention of one token a row, SwiGLU;
+ * and the two halves of a block, products included, each in one call: a small model spends as long between calls as in
+ * them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -196,4 +197,63 @@ int attend(const float *heads, const float *rotations, char *keys, char *values,
     }
     free(rooms);
     return 0;
+}
+
+/* ---- halves of a block -------------------------------------------------------------------------------------------- */
+
+typedef int product(int kind, const char *w, const float *x, float *y, long batch, long rows, long cols,
+                    long row_bytes); /* linear in kernels.c */
+
+/* `Half` in fused.py: a norm, a product (wqkv or w13), what is between, and a second product (wo or w2). */
+typedef struct {
+    product *linear;
+    const char *norm, *first, *second;
+    long norm_kind, first_kind, second_kind;
+    long dim, first_rows, second_cols, first_row_bytes, second_row_bytes;
+    double eps;
+} half;
+
+/* The norm of x [batch, dim] and its first product [batch, first_rows], behind which there is room for the input of the
+ * second; NULL where there is no memory. */
+static float *first_product(const half *h, const float *x, long batch) {
+    float *made = malloc(batch * (h->first_rows + h->second_cols) * sizeof *made);
+    float *normed = malloc(batch * h->dim * sizeof *normed);
+    int failed = !made || !normed;
+    if (!failed) {
+        rms_norm(x, h->norm, h->norm_kind, h->eps, normed, batch, h->dim);
+        failed = h->linear(h->first_kind, h->first, normed, made, batch, h->first_rows, h->dim, h->first_row_bytes);
+    }
+    free(normed);
+    if (!failed) return made;
+    free(made);
+    return NULL;
+}
+
+static int second_product(const half *h, const float *x, float *y, long batch) {
+    return h->linear(h->second_kind, h->second, x, y, batch, h->dim, h->second_cols, h->second_row_bytes);
+}
+
+/* y [batch, dim] = this rank's part of wo(attention(wqkv(norm(x)))); the other arguments as `attend` has them. */
+int attention_half(const half *h, const float *x, float *y, const float *rotations, char *keys, char *values,
+                   const int64_t *positions, int kind, long batch, long num_heads, long num_kv_heads, long head_dim,
+                   long slot_bytes, long position_bytes) {
+    float *heads = first_product(h, x, batch);
+    if (!heads) return 1;
+    float *attended = heads + batch * h->first_rows;
+    int failed = attend(heads, rotations, keys, values, positions, attended, kind, batch, num_heads, num_kv_heads,
+                        head_dim, slot_bytes, position_bytes) ||
+                 second_product(h, attended, y, batch);
+    free(heads);
+    return failed;
+}
+
+/* y [batch, dim] = this rank's part of w2(swiglu(w13(norm(x)))). */
+int feed_forward_half(const half *h, const float *x, float *y, long batch) {
+    float *gate_up = first_product(h, x, batch);
+    if (!gate_up) return 1;
+    float *product = gate_up + batch * h->first_rows;
+    swiglu(gate_up, product, batch, h->second_cols);
+    int failed = second_product(h, product, y, batch);
+    free(gate_up);
+    return failed;
 }

@@ -1,4 +1,5 @@
-"""What lies between the matrix products: on a CPU in fp32 by our own fused.c, one call instead of several of torch's.
+"""What lies between the matrix products: on a CPU in fp32 by our own fused.c, one call instead of several of torch's;
+and for few rows a half of a block, its products included, in one call.
 
 Shapes: N rows, H query heads, K KV heads, D head dimension, S slots, L positions, F hidden dimension.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from llama_mp import kernels
 from llama_mp.compiled import NATIVE, load_library
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -67,6 +69,72 @@ def attend(
     return y_NHD
 
 
+# ---- halves of a block --------------------------------------------------------------------------------------------
+
+
+class Half(ctypes.Structure):
+    """`half` in fused.c, by the addresses of weights that must outlive it."""
+
+    _fields_ = (
+        *((name, ADDRESS) for name in ("linear", "norm", "first", "second")),
+        *((f"{name}_kind", LONG) for name in ("norm", "first", "second")),
+        *((name, LONG) for name in ("dim", "first_rows", "second_cols", "first_row_bytes", "second_row_bytes")),
+        ("eps", ctypes.c_double),
+    )
+
+
+def half_of(norm: torch.Tensor, eps: float, first: torch.Tensor, second: torch.Tensor, second_cols: int) -> Half | None:
+    """A norm's weight and those of the products behind it, on a CPU; None where the kernels do not take them."""
+    library = kernels.load_kernels() if norm.device.type == "cpu" and load_steps() else None
+    known = norm.dtype in KINDS and first.dtype in kernels.KINDS and second.dtype in kernels.KINDS
+    if not library or not known or len(norm) % 2 or second_cols % 2:
+        return None
+    return Half(
+        linear=ctypes.cast(library.linear, ADDRESS).value,
+        norm=norm.data_ptr(),
+        first=first.data_ptr(),
+        second=second.data_ptr(),
+        norm_kind=KINDS[norm.dtype],
+        first_kind=kernels.KINDS[first.dtype],
+        second_kind=kernels.KINDS[second.dtype],
+        dim=len(norm),
+        first_rows=len(first),
+        second_cols=second_cols,
+        first_row_bytes=kernels.row_bytes(first),
+        second_row_bytes=kernels.row_bytes(second),
+        eps=eps,
+    )
+
+
+def attention_half(
+    half: Half,
+    x: torch.Tensor,
+    rotations_N1d: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions_N: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """`attend` with the products around it: this rank's part of what is added to x [N, C]."""
+    y = torch.empty_like(x)
+    tensors = x, y, rotations_N1d, keys, values, positions_N
+    slot_stride, position_stride, head_dim, _ = keys.stride()
+    size = keys.element_size()
+    sizes = x.shape[0], num_heads, keys.shape[2], head_dim, slot_stride * size, position_stride * size
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    if load_steps().attention_half(ctypes.byref(half), *addresses, KINDS[keys.dtype], *sizes):
+        raise MemoryError("no memory for a step of attention")
+    return y
+
+
+def feed_forward_half(half: Half, x: torch.Tensor) -> torch.Tensor:
+    """This rank's part of what is added to x [N, C]."""
+    y = torch.empty_like(x)
+    if load_steps().feed_forward_half(ctypes.byref(half), x.data_ptr(), y.data_ptr(), x.shape[0]):
+        raise MemoryError("no memory for a step of the feed-forward part")
+    return y
+
+
 @functools.cache
 def load_steps() -> ctypes.CDLL | None:
     """The compiled steps, if this machine can build them."""
@@ -76,4 +144,6 @@ def load_steps() -> ctypes.CDLL | None:
         library.rms_norm.restype = library.swiglu.restype = None
         library.swiglu.argtypes = [ADDRESS, ADDRESS, LONG, LONG]
         library.attend.argtypes = [ADDRESS] * 6 + [ctypes.c_int] + [LONG] * 6
+        library.attention_half.argtypes = [ADDRESS] * 7 + [ctypes.c_int] + [LONG] * 6
+        library.feed_forward_half.argtypes = [ADDRESS] * 3 + [LONG]
     return library

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from llama_mp import quant
+from llama_mp.chunks import PRODUCT_BYTES
 from llama_mp.compiled import NATIVE, load_library
 from llama_mp.cores import has_fast_bf16
+from llama_mp.layout import Span, row_chunks
 
 SOURCE = Path(__file__).with_name("kernels.c")
 KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of weights, in kernels.c
@@ -55,8 +57,9 @@ def linear_of_many(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype
     if weight.dtype is dtype:
         return F.linear(x.to(dtype), weight).to(x.dtype)
     factor, y = x.to(dtype), x.new_empty(len(x), len(weight))
-    for rows in quant.chunks(weight, x.shape[1]):
-        y[:, rows] = F.linear(factor, unpacked(weight[rows], x.shape[1], dtype))
+    num_elements = PRODUCT_BYTES[x.device.type] // dtype.itemsize
+    for start, stop in row_chunks(Span(0, len(weight)), x.shape[1], num_elements):
+        y[:, start:stop] = F.linear(factor, unpacked(weight[start:stop], x.shape[1], dtype))
     return y
 
 

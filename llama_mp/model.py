@@ -5,7 +5,8 @@ L positions attended, C model dimension, F hidden dimension, V vocabulary; H, K,
 """
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +17,8 @@ from torch import nn
 
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig
-from llama_mp.fused import attend, rms_norm, suits, swiglu
-from llama_mp.kernels import activation_dtype, linear
+from llama_mp.fused import Half, attend, attention_half, feed_forward_half, half_of, rms_norm, suits, swiglu
+from llama_mp.kernels import MAX_ROWS, activation_dtype, linear
 from llama_mp.layout import heads_per_rank, padded
 from llama_mp.memory import hidden_unit
 from llama_mp.parallel import reduce
@@ -149,6 +150,7 @@ class FeedForward(nn.Module):
         hidden_dim = padded(config.hidden_dim, mp)
         self.w13 = ColumnLinear(config.dim, 2 * hidden_dim)
         self.w2 = RowLinear(hidden_dim, config.dim)
+        self.hidden_dim = hidden_dim // mp
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         return self.w2(swiglu(self.w13(x_NC)))
@@ -161,10 +163,37 @@ class Block(nn.Module):
         self.attention = Attention(config, mp)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config, mp)
+        self.known: Callable[[], torch.Tensor | None] = lambda: None  # the weight for which `halves` were taken down
+        self.made: tuple[Half, Half] | None = None
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
+            return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
         x_NC = x_NC + self.attention(self.attention_norm(x_NC), step, keys, values)
         return x_NC + self.feed_forward(self.ffn_norm(x_NC))
+
+    def in_two_calls(
+        self, halves: tuple[Half, Half], x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """One token a row on a CPU: the same as `forward`, to the bit."""
+        attending, feeding = halves
+        num_heads, positions_N = self.attention.num_heads, step.positions_N
+        attended_NC = attention_half(attending, x_NC, step.rotations_N1d, keys, values, positions_N, num_heads)
+        x_NC = x_NC + reduce(attended_NC)
+        return x_NC + reduce(feed_forward_half(feeding, x_NC))
+
+    def halves(self) -> tuple[Half, Half] | None:
+        """What the calls need to know of the weights, taken down once; None where the kernels do not take them."""
+        if self.known() is not self.attention.wqkv.weight:
+            attention, feed_forward = self.attention, self.feed_forward
+            width = attention.num_heads * attention.head_dim
+            pairs = (
+                (self.attention_norm, attention.wqkv.weight, attention.wo.weight, width),
+                (self.ffn_norm, feed_forward.w13.weight, feed_forward.w2.weight, feed_forward.hidden_dim),
+            )
+            made = tuple(half_of(norm.weight, norm.eps, first, second, cols) for norm, first, second, cols in pairs)
+            self.known, self.made = weakref.ref(attention.wqkv.weight), None if None in made else made
+        return self.made
 
 
 class Transformer(nn.Module):

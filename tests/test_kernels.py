@@ -65,7 +65,7 @@ def test_rows_do_not_depend_on_each_other(machine: str, kind: str) -> None:
 def test_many_rows(machine: str, monkeypatch: pytest.MonkeyPatch, kind: str, fast_bf16: bool) -> None:
     """By torch's products, with the weight unpacked some rows at a time."""
     monkeypatch.setattr(kernels, "has_fast_bf16", lambda: fast_bf16)
-    monkeypatch.setattr(quant, "QUANTIZE_ELEMENTS", {"cpu": 1000})
+    monkeypatch.setattr(kernels, "PRODUCT_BYTES", {"cpu": 4000})
     weight, x = PACKS[kind](torch.randn(77, 100)), torch.randn(kernels.MAX_ROWS + 1, 100)
     found, expected = kernels.linear(x, weight, torch.bfloat16), x.double() @ exact(weight, 100).T
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_activations import allocated
 
-from llama_mp import quant
+from llama_mp import kernels, quant
 from llama_mp.kernels import linear, linear_of_many
 from llama_mp.memory import QUANTIZING_BYTES, packed_row_bytes
 from llama_mp.quant import dequantize, pack
@@ -106,6 +106,7 @@ def test_chunks_of_any_size_give_the_same(kind: str, monkeypatch: pytest.MonkeyP
     y = linear_of_many(x, packed, torch.float32)
     for num_elements in (1, 100, 1000):
         monkeypatch.setattr(quant, "QUANTIZE_ELEMENTS", {"cpu": num_elements})
+        monkeypatch.setattr(kernels, "PRODUCT_BYTES", {"cpu": 4 * num_elements})
         assert torch.equal(pack(matrix, kind), packed)
         assert torch.allclose(linear_of_many(x, packed, torch.float32), y, atol=1e-5)
 
@@ -114,6 +115,7 @@ def test_chunks_of_any_size_give_the_same(kind: str, monkeypatch: pytest.MonkeyP
 def test_little_is_held_beside_the_matrices(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     num_elements, matrix = 1 << 17, random_matrix(512, 1024, torch.bfloat16)
     monkeypatch.setattr(quant, "QUANTIZE_ELEMENTS", {"cpu": num_elements})
+    monkeypatch.setattr(kernels, "PRODUCT_BYTES", {"cpu": 4 * num_elements})
     packing, packed = allocated(lambda: pack(matrix, kind))
     multiplying, y = allocated(lambda: linear_of_many(matrix[:1], packed, torch.float32))
     small = 16 * len(matrix)  # maxima and scales of the rows
