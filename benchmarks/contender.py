@@ -2,6 +2,8 @@
 input runs it once and answers with a line of JSON: tokens/s of a prompt and of decoding, greedy, batch 1.
 
 python benchmarks/contender.py ours|theirs|llama_cpp|kernel FILE THREADS PROMPT_LEN GEN_LEN [QUANT]
+
+With ATEN_CPU_CAPABILITY=avx2 ours leaves AVX-512 alone, too.
 """
 
 import atexit
@@ -154,7 +156,17 @@ def rates(start: float, prefilled: float, prompt_len: int, gen_len: int) -> dict
     }
 
 
+def without_avx512() -> None:
+    """Let our kernels be those of a machine with AVX2 alone."""
+    from llama_mp import fused, kernels
+
+    kernels.NATIVE = fused.NATIVE = "-march=x86-64-v3"
+    kernels.has_fast_bf16 = lambda: False
+
+
 def main() -> None:
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+        without_avx512()
     kind, file, threads, prompt_len, gen_len, *quant = sys.argv[1:]
     sides = {"ours": ours, "kernel": kernel, "theirs": theirs, "llama_cpp": llama_cpp}
     run = sides[kind](file, int(threads), int(prompt_len), int(gen_len), *quant or ["none"])

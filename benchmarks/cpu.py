@@ -9,6 +9,7 @@ memory drifts. The last line is JSON. `--save` keeps it in benchmarks/results/.
 import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from llama_mp.config import RunConfig
 from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.locate import locate_weights
 
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 CONTENDER = Path(__file__).with_name("contender.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 QUANTS = {"bf16": "none", "int8": "int8", "int4": "int4"}
@@ -40,6 +42,7 @@ class CpuFlags(Flags):
     threads: int = flag(2, "threads of each side, shared by its ranks")
     model: tuple[str, ...] = flag(("smollm2", "1.1b"), "which of these; may be given several times")
     folder: Path | None = flag(None, "where the GGUF files are made, and found again; default: a temporary one")
+    avx2: bool = flag(False, "as on a machine without AVX-512; llama.cpp must be one that was built without")
     save: bool = flag(False, "keep the result in benchmarks/results/cpu.jsonl")
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class Side:
 
 
 def main(flags: CpuFlags) -> None:
+    os.environ |= AVX2 if flags.avx2 else {}  # of the contenders
     has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
     if not has_llama_cpp:
         print("llama-cpp-python is not installed: no comparison with llama.cpp (pip install llama-cpp-python)")
@@ -76,8 +80,10 @@ def main(flags: CpuFlags) -> None:
             found = measure(flags, files, has_llama_cpp)
             results[model] = summary(found)
             show(model, results[model])
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "llama-cpp-python")}
-    result = environment() | {"prompt_len": flags.prompt_len, "gen_len": flags.gen_len, "models": results}
+    peers = ["transformers", *(["llama-cpp-python"] if has_llama_cpp else [])]
+    versions = {name: importlib.metadata.version(name) for name in peers}
+    result = environment() | {"avx512": not flags.avx2, "prompt_len": flags.prompt_len, "gen_len": flags.gen_len}
+    result |= {"models": results}
     result["versions"] |= versions
     if flags.save:
         keep("cpu", result)

@@ -19,13 +19,11 @@
 #include <unistd.h>
 
 #if defined(__x86_64__)
-#define EACH_INSTRUCTION_SET __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define PAUSE() __builtin_ia32_pause()
 #else
-#define EACH_INSTRUCTION_SET
 #define PAUSE() ((void)0)
 #endif
-#define INLINED static inline __attribute__((always_inline)) /* compiled anew for each instruction set */
+#define INLINED static inline __attribute__((always_inline))
 
 enum { LINE = 64, BLOCK = 1024 /* elements combined at once, in the first-level cache */ };
 enum { YIELDS = 50, SLEEP_NS = 20000000 /* between looks at whether the other still lives */ };
@@ -177,7 +175,6 @@ INLINED void narrow(const float *from, long kind, long start, long count, char *
 }
 
 /* target = the sum or the maximum of all slots over elements first .. last, in the order of the ranks, in fp32. */
-EACH_INSTRUCTION_SET
 static void combine(const group *g, long kind, long operation, long first, long last, char *target) {
     float total[BLOCK], widened[BLOCK];
     for (long start = first; start < last; start += BLOCK) {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_mp.compiled import library_of
+from llama_mp.compiled import NATIVE, library_of
 from llama_mp.cores import cores_at_hand
 
 NAME = "shared_memory"
@@ -56,7 +56,7 @@ class Region:
     @classmethod
     def make(cls, size: int) -> "Region":
         """Raises OSError where there is no memory for it, and beyond a limit of file sizes (`ulimit -f`)."""
-        file = library_of(SOURCE).new_file()  # os.memfd_create is missing from Pythons built for old systems
+        file = library_of(SOURCE, NATIVE).new_file()  # os.memfd_create is missing from Pythons built for old systems
         if file < 0:
             raise OSError(-file, os.strerror(-file))
         region = cls(file)
@@ -95,7 +95,7 @@ class SharedMemory(dist.ProcessGroup):
 
     def __init__(self, rank: int, size: int, region: Region, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        library = library_of(SOURCE)
+        library = library_of(SOURCE, NATIVE)
         self.reduce_in_c, self.gather_in_c = library.all_reduce, library.gather
         self.reduce_in_c.restype = self.gather_in_c.restype = ctypes.c_long
         self.reduce_in_c.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_long] * 3]
@@ -171,7 +171,7 @@ def prepare(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> str | N
     the same on every rank. `gather` gives every rank the JSON messages of all."""
     region = obstacle = None
     try:
-        library_of(SOURCE)
+        library_of(SOURCE, NATIVE)
         region = Region.make(size).join(rank, size) if rank == 0 else None
     except OSError as error:
         obstacle = f"rank {rank}: {text_of(error)}"

@@ -91,3 +91,15 @@ def test_the_text_is_long_enough(smollm2_file):
     tokenizer, _ = read_tokenizer(smollm2_file, smollm2_file, "auto")
     text = (ROOT / "tests" / "data" / "alice.txt").read_text(encoding="utf-8")
     assert len(tokenizer.encode(text, bos=False)) >= 20_000
+
+
+@pytest.mark.slow
+def test_the_cpu_is_measured_beside_its_peers():
+    flags = ("--model", "smollm2", "--rounds", "1", "--prompt_len", "16", "--gen_len", "4")
+    done = run(sys.executable, ROOT / "benchmarks" / "cpu.py", *flags)
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["models"]["smollm2"]
+    ours = [f"ours {kind}{ranks}" for kind in ("bf16", "int8", "int4") for ranks in ("", " MP 2")]
+    assert {"kernel", "Hugging Face bf16", *ours} <= set(found["rates"])
+    rates = [found["rates"][name]["decode_tokens_per_s"] for name in ("ours bf16", "Hugging Face bf16")]
+    assert found["ratios"]["decode bf16 of Hugging Face"] == pytest.approx(rates[0] / rates[1], rel=0.01)
