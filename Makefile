@@ -17,8 +17,7 @@ help:
 	@echo 'make test           the fast tests'
 	@echo 'make test-slow      the slow tests: minutes each'
 	@echo 'make lint           style: ruff check, ruff format --check'
-	@echo 'make bench          decode speed beside Hugging Face, on the CPU'
-	@echo 'make bench-cpu      the CPU beside Hugging Face and llama.cpp, where llama-cpp-python is installed'
+	@echo 'make bench-cpu      (or make bench) the CPU beside Hugging Face and llama.cpp, where llama-cpp-python is installed'
 	@echo 'make bench-all-reduce  sums over ranks through shared memory beside gloo'
 	@echo 'make bench-reshard  resharding beside cp and a short script; 13 GB of disk and of memory'
 	@echo 'make bench-offload  blocks from the disk, and to a GPU, beside the rates of disk and bus'
@@ -43,8 +42,7 @@ lint: .venv/.installed-lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: .venv/.installed-test
-	$(PY) benchmarks/decode.py
+bench: bench-cpu
 
 bench-all-reduce: .venv/.installed-demo
 	$(PY) benchmarks/all_reduce.py
