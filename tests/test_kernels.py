@@ -103,6 +103,19 @@ def test_takes_views_that_are_not_contiguous() -> None:
     assert torch.equal(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight))
 
 
+def test_the_product_is_fp32_whatever_torchs_default_type_is() -> None:
+    """A caller that makes it bf16, as Meta's own code does, would have the kernels write beyond their result."""
+    x, weight, default = torch.randn(2, 64), torch.randn(16, 64).bfloat16(), torch.get_default_dtype()
+    expected = kernels.linear(x, weight)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = kernels.linear(x, weight)
+    finally:
+        torch.set_default_dtype(default)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_of_the_same_type_are_torchs(dtype: torch.dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.randn(4, 8).to(dtype)
