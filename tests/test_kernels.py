@@ -153,6 +153,17 @@ def test_without_a_compiler_torch_does_it_and_says_so_once(tmp_path: Path) -> No
     assert "no C compiler" in done.stderr
 
 
+def test_a_compilers_error_is_told_and_not_the_caret_below_it(tmp_path: Path) -> None:
+    done = run_with(XDG_CACHE_HOME=str(tmp_path), CC="cc -include no-such-file.h")
+    assert done.stdout == "[[4.0, 4.0]]\n"
+    assert "no-such-file.h: No such file" in done.stderr
+
+
+def test_a_blank_name_of_the_compiler_is_none(tmp_path: Path) -> None:
+    done = run_with(XDG_CACHE_HOME=str(tmp_path), CC=" ")
+    assert (done.stdout, done.stderr) == ("[[4.0, 4.0]]\n", "")
+
+
 def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> None:
     folder = tmp_path / "llama-mp"
     folder.mkdir()
