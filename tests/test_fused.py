@@ -99,9 +99,10 @@ def by_torch(
     return torch.stack(found)
 
 
-def test_keys_that_are_not_finite_show() -> None:
+@pytest.mark.parametrize("nan", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF])
+def test_keys_that_are_not_finite_show(nan: int) -> None:
     keys, values = torch.zeros(1, 8, 1, 4), torch.ones(1, 8, 1, 4)
-    keys[0, 2, 0, 1] = float("nan")
+    keys.view(torch.int32)[0, 2, 0, 1] = nan
     rotations = torch.ones(1, 1, 2, dtype=torch.complex64)
     found = fused.attend(torch.ones(1, 3, 4), rotations, keys, values, torch.tensor([5]))
     assert found.isnan().all()
