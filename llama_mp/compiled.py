@@ -51,7 +51,7 @@ def built_library(source: Path, options: list[str]) -> Path:
     """The library in the user's cache, built if this source was not built with this compiler before.
 
     One process builds while the others wait: the lock goes when its holder does, and a file appears by rename."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler {compiler[0]}: install one, for example gcc")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
@@ -91,5 +91,6 @@ def cache_folder() -> Path:
 def reason(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         said = error.stderr.decode(errors="replace").strip().splitlines()
-        return f"{error.cmd[0]} failed" + (f": {said[-1]}" if said else "")
+        telling = [line for line in said if "error:" in line] or said[-1:]  # not the caret that points at it
+        return f"{error.cmd[0]} failed" + (f": {telling[0]}" if telling else "")
     return " ".join(str(error).split())

@@ -40,9 +40,9 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     if not suits(x, x):
         gate_NF, up_NF = x.chunk(2, dim=-1)
         return F.silu(gate_NF) * up_NF
-    hidden_dim = x.shape[1] // 2
-    y_NF = torch.empty(len(x), hidden_dim)
-    load_steps().swiglu(x.contiguous().data_ptr(), y_NF.data_ptr(), len(x), hidden_dim)
+    x, hidden_dim = x.contiguous(), x.shape[1] // 2
+    y_NF = x.new_empty(len(x), hidden_dim)
+    load_steps().swiglu(x.data_ptr(), y_NF.data_ptr(), len(x), hidden_dim)
     return y_NF
 
 
@@ -60,7 +60,7 @@ def attend(
     num_rows, num_fused, head_dim = heads_NHD.shape
     num_kv_heads = keys.shape[2]
     num_heads = num_fused - 2 * num_kv_heads
-    y_NHD = torch.empty(num_rows, num_heads, head_dim)
+    y_NHD = heads_NHD.new_empty(num_rows, num_heads, head_dim)
     tensors = heads_NHD.contiguous(), rotations_N1d.contiguous(), keys, values, positions_N, y_NHD
     slot_bytes, position_bytes = (stride * keys.element_size() for stride in keys.stride()[:2])
     sizes = num_rows, num_heads, num_kv_heads, head_dim, slot_bytes, position_bytes

@@ -44,7 +44,7 @@ def linear_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`linear` by the compiled kernels: x in fp32 on the CPU with an even number of columns, `weight` contiguous."""
     x = x.contiguous()
     (num_rows, num_cols), num_out = x.shape, weight.shape[0]
-    y = torch.empty(num_rows, num_out)
+    y = x.new_empty(num_rows, num_out)  # whatever torch's default type is
     addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
     if load_kernels().linear(KINDS[weight.dtype], *addresses, num_rows, num_out, num_cols, row_bytes(weight)):
         raise MemoryError("no memory for a copy of the activations")

@@ -15,6 +15,7 @@
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(2)));
+typedef words stored_words __attribute__((may_alias)); /* in memory that is written by the half */
 
 INLINE float from_bf16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -50,7 +51,8 @@ INLINE float sum_of(floats v) {
     return v[0] + v[1];
 }
 
-/* e^x, to 3e-7 of its value; x below -87 counts as -87. */
+/* e^x, to 3e-7 of its value; x below -87 counts as -87. The power of two is multiplied with, not added to the bits, so
+ * that NaN stays NaN, whatever its payload. */
 INLINE floats exp_of(floats x) {
     floats least = (floats){0} - 87.0f, most = (floats){0} + 88.0f;
     words is_low = (words)(x < least), is_high = (words)(x > most);
@@ -61,5 +63,5 @@ INLINE floats exp_of(floats x) {
     floats sum = r * (1 / 5040.0f) + 1 / 720.0f;
     sum = sum * r + 1 / 120.0f, sum = sum * r + 1 / 24.0f, sum = sum * r + 1 / 6.0f;
     sum = sum * r + 0.5f, sum = sum * r + 1.0f, sum = sum * r + 1.0f;
-    return as_floats((words)sum + ((words)shifted << 23));
+    return sum * as_floats(((words)shifted << 23) + 0x3f800000u);
 }

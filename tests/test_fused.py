@@ -42,6 +42,24 @@ def test_swiglu(hidden_dim: int) -> None:
     torch.testing.assert_close(fused.swiglu(x).double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def test_swiglu_takes_views_that_are_not_contiguous() -> None:
+    """A copy of 40 MB goes back to the system with its last name: to read it then ends the process."""
+    x = torch.randn(2000, 5000).t()
+    torch.testing.assert_close(fused.swiglu(x), fused.swiglu(x.contiguous()))
+
+
+def test_results_are_fp32_whatever_torchs_default_type_is() -> None:
+    heads, rotations = torch.ones(1, 3, 4), torch.ones(1, 1, 2, dtype=torch.complex64)
+    keys, values = torch.zeros(1, 8, 1, 4), torch.ones(1, 8, 1, 4)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = fused.swiglu(heads[0]), fused.attend(heads, rotations, keys, values, torch.tensor([5]))
+    finally:
+        torch.set_default_dtype(default)
+    assert [y.dtype for y in found] == [torch.float32] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (9, 3, 6), (8, 1, 128)])
 def test_attention_of_rows_at_their_own_positions(
@@ -81,9 +99,10 @@ def by_torch(
     return torch.stack(found)
 
 
-def test_keys_that_are_not_finite_show() -> None:
+@pytest.mark.parametrize("nan", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF])
+def test_keys_that_are_not_finite_show(nan: int) -> None:
     keys, values = torch.zeros(1, 8, 1, 4), torch.ones(1, 8, 1, 4)
-    keys[0, 2, 0, 1] = float("nan")
+    keys.view(torch.int32)[0, 2, 0, 1] = nan
     rotations = torch.ones(1, 1, 2, dtype=torch.complex64)
     found = fused.attend(torch.ones(1, 3, 4), rotations, keys, values, torch.tensor([5]))
     assert found.isnan().all()

@@ -103,6 +103,19 @@ def test_takes_views_that_are_not_contiguous() -> None:
     assert torch.equal(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight))
 
 
+def test_the_product_is_fp32_whatever_torchs_default_type_is() -> None:
+    """A caller that makes it bf16, as Meta's own code does, would have the kernels write beyond their result."""
+    x, weight, default = torch.randn(2, 64), torch.randn(16, 64).bfloat16(), torch.get_default_dtype()
+    expected = kernels.linear(x, weight)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = kernels.linear(x, weight)
+    finally:
+        torch.set_default_dtype(default)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_of_the_same_type_are_torchs(dtype: torch.dtype) -> None:
     x, weight = torch.randn(2, 8).to(dtype), torch.randn(4, 8).to(dtype)
@@ -138,6 +151,17 @@ def test_without_a_compiler_torch_does_it_and_says_so_once(tmp_path: Path) -> No
     assert done.stdout == "[[4.0, 4.0]]\n"
     assert done.stderr.count("\n") == 1
     assert "no C compiler" in done.stderr
+
+
+def test_a_compilers_error_is_told_and_not_the_caret_below_it(tmp_path: Path) -> None:
+    done = run_with(XDG_CACHE_HOME=str(tmp_path), CC="cc -include no-such-file.h")
+    assert done.stdout == "[[4.0, 4.0]]\n"
+    assert "no-such-file.h: No such file" in done.stderr
+
+
+def test_a_blank_name_of_the_compiler_is_none(tmp_path: Path) -> None:
+    done = run_with(XDG_CACHE_HOME=str(tmp_path), CC=" ")
+    assert (done.stdout, done.stderr) == ("[[4.0, 4.0]]\n", "")
 
 
 def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> None:
