@@ -1,5 +1,5 @@
 """One side of the comparison in benchmarks/cpu.py: a process that has loaded its model, and for each line on standard
-input runs it once and answers with a line of JSON: tokens/s of a prompt and of decoding, greedy, batch 1.
+input runs it, once more than it tells of, and answers with a line of JSON: tokens/s of a prompt and of decoding, greedy, batch 1.
 
 python benchmarks/contender.py ours|theirs|llama_cpp|kernel FILE THREADS PROMPT_LEN GEN_LEN [QUANT]
 
@@ -175,6 +175,7 @@ def main() -> None:
     run()  # warm-up
     print("ready", flush=True)
     while sys.stdin.readline():
+        run()  # the memory of a process that was idle for a while may be slow to come back
         print(json.dumps(run()), flush=True)
 
 
