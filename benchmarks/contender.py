@@ -1,5 +1,6 @@
 """One side of the comparison in benchmarks/cpu.py: a process that has loaded its model, and for each line on standard
-input runs it, once more than it tells of, and answers with a line of JSON: tokens/s of a prompt and of decoding, greedy, batch 1.
+input runs it twice and answers with a line of JSON about the second time: tokens/s of a prompt and of decoding, greedy,
+batch 1.
 
 python benchmarks/contender.py ours|theirs|llama_cpp|kernel FILE THREADS PROMPT_LEN GEN_LEN [QUANT]
 
