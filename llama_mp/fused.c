@@ -9,7 +9,7 @@
 
 #include "vectors.h"
 
-enum { FP32, BF16 };
+enum { FP32, BF16 };         /* as `store` takes them */
 enum { POSITIONS = 64 };     /* between two looks at the maximum */
 enum { PARALLEL = 1 << 15 }; /* floats that pay for threads */
 
@@ -17,19 +17,23 @@ INLINE float element(int kind, const char *from, long i) {
     return kind == FP32 ? ((const float *)from)[i] : from_bf16(((const uint16_t *)from)[i]);
 }
 
+INLINE float dot(const float *a, const float *b, long count) {
+    floats sums = {0};
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) sums += *(const floats *)(a + i) * *(const floats *)(b + i);
+    float sum = sum_of(sums);
+    for (; i < count; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 /* y [rows, cols] = x / sqrt(mean(x^2) + eps) * weight; x, y fp32. */
 void rms_norm(const float *x, const char *weight, int kind, float eps, float *y, long rows, long cols) {
     for (long r = 0; r < rows; r++, x += cols, y += cols) {
-        floats squares = {0};
-        long i = 0;
-        for (; i + LANES <= cols; i += LANES) squares += *(const floats *)(x + i) * *(const floats *)(x + i);
-        float sum = sum_of(squares);
-        for (; i < cols; i++) sum += x[i] * x[i];
-        float scale = 1 / sqrtf(sum / cols + eps);
+        float scale = 1 / sqrtf(dot(x, x, cols) / cols + eps);
         if (kind == FP32)
-            for (i = 0; i < cols; i++) y[i] = x[i] * scale * element(FP32, weight, i);
+            for (long i = 0; i < cols; i++) y[i] = x[i] * scale * element(FP32, weight, i);
         else
-            for (i = 0; i < cols; i++) y[i] = x[i] * scale * element(BF16, weight, i);
+            for (long i = 0; i < cols; i++) y[i] = x[i] * scale * element(BF16, weight, i);
     }
 }
 
@@ -62,7 +66,6 @@ typedef struct {
     int kind; /* of the cache */
     long num_heads, num_kv_heads, head_dim;
     long position_bytes; /* from one position of the cache to the next */
-    float *room;         /* see `room_for` */
 } attention;
 
 static void rotate(const float *x, const float *rotation, float *y, long head_dim) {
@@ -70,12 +73,6 @@ static void rotate(const float *x, const float *rotation, float *y, long head_di
         float cosine = rotation[i], sine = rotation[i + 1], re = x[i], im = x[i + 1];
         y[i] = re * cosine - im * sine, y[i + 1] = re * sine + im * cosine;
     }
-}
-
-static void store(int kind, const float *x, char *to, long count) {
-    if (kind == FP32) memcpy(to, x, count * sizeof *x);
-    else
-        for (long i = 0; i < count; i++) ((uint16_t *)to)[i] = to_bf16(x[i]);
 }
 
 /* Pairs apart, as bf16 is read fastest: all first elements, then all second ones. */
@@ -100,15 +97,6 @@ INLINE void load(int kind, const char *from, float *to, long count) {
         *(floats *)(to + half + i) = as_floats(pairs & 0xffff0000u);
     }
     for (; i < half; i++) to[i] = element(BF16, from, 2 * i), to[half + i] = element(BF16, from, 2 * i + 1);
-}
-
-INLINE float dot(const float *a, const float *b, long count) {
-    floats sums = {0};
-    long i = 0;
-    for (; i + LANES <= count; i += LANES) sums += *(const floats *)(a + i) * *(const floats *)(b + i);
-    float sum = sum_of(sums);
-    for (; i < count; i++) sum += a[i] * b[i];
-    return sum;
 }
 
 INLINE void add_scaled(float *y, float scale, const float *x, long count) {

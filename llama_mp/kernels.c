@@ -174,7 +174,7 @@ DEFINE_PRODUCTS(BF16, all_bf16)
 DEFINE_PRODUCTS(INT8, all_int8)
 DEFINE_PRODUCTS(INT4, all_int4)
 
-/* One row of x, filled up with zeros, in the order in which the kind's tile reads it; and its sums. */
+/* One row of x, filled up with zeros, in the order in which the kind's products read it; and its sums. */
 static void prepare(int kind, const float *x, const operands *o, float *prepared, float *sums) {
     long n = o->num_cols;
     if (kind == BF16) { /* the even elements of a vector of words, then the odd ones */
@@ -249,13 +249,6 @@ static void unpack_groups(const uint8_t *codes, const uint16_t *ranges, long cou
     }
 }
 
-static void store(int is_bf16, const float *values, long first, long count, void *to) {
-    if (is_bf16)
-        for (long i = 0; i < count; i++) ((uint16_t *)to)[first + i] = to_bf16(values[i]);
-    else
-        memcpy((float *)to + first, values, count * sizeof *values);
-}
-
 /* matrix [rows, cols], in bf16 or fp32, = what w [rows, cols] is packed from: INT8 or INT4. */
 void unpack(int kind, const char *w, char *matrix, int is_bf16, long rows, long cols, long row_bytes) {
     enum { MOST = UNPACKED * GROUP };
@@ -263,7 +256,6 @@ void unpack(int kind, const char *w, char *matrix, int is_bf16, long rows, long 
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
         const char *row = w + r * row_bytes;
-        void *to = matrix + r * cols * (is_bf16 ? 2 : 4);
         float values[MOST], scale;
         memcpy(&scale, row + row_bytes - sizeof scale, sizeof scale); /* of INT8 */
         for (long first = 0; first < cols; first += MOST) {
@@ -274,7 +266,7 @@ void unpack(int kind, const char *w, char *matrix, int is_bf16, long rows, long 
                 const uint16_t *ranges = (const uint16_t *)(row + num_groups * GROUP / 2) + 2 * g;
                 unpack_groups((const uint8_t *)row + first / 2, ranges, (count + GROUP - 1) / GROUP, values);
             }
-            store(is_bf16, values, first, count, to);
+            store(is_bf16, values, matrix + (r * cols + first) * (is_bf16 ? 2 : 4), count);
         }
     }
 }

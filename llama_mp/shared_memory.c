@@ -18,12 +18,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "vectors.h"
+
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
 #else
 #define PAUSE() ((void)0)
 #endif
-#define INLINED static inline __attribute__((always_inline))
 
 enum { LINE = 64, BLOCK = 1024 /* elements combined at once, in the first-level cache */ };
 enum { YIELDS = 50, SLEEP_NS = 20000000 /* between looks at whether the other still lives */ };
@@ -118,30 +119,25 @@ static long arrive_and_wait(group *g) {
 
 /* ---- numbers ---------------------------------------------------------------------------------------------------- */
 
-INLINED float as_float(uint32_t bits) {
+INLINE float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-INLINED uint32_t as_bits(float value) {
+INLINE uint32_t as_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-INLINED uint16_t to_bf16(float value) {
-    uint32_t bits = as_bits(value), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);  /* NaN stays NaN */
-}
-
-INLINED float from_fp16(uint16_t half) {
+INLINE float from_fp16(uint16_t half) {
     uint32_t moved = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
     uint32_t bits = as_bits(as_float(moved) * 0x1p112f); /* the difference of the exponents' biases; subnormal too */
     return as_float(sign | bits | (moved >= 0x0f800000 ? 0x7f800000 : 0)); /* infinity and NaN */
 }
 
-INLINED uint16_t to_fp16(float value) {
+INLINE uint16_t to_fp16(float value) {
     uint32_t bits = as_bits(value), size = bits & 0x7fffffff;
     uint32_t normal = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13; /* to nearest, ties to even; may overflow */
     uint32_t subnormal = as_bits(as_float(size) + 0.5f) - 0x3f000000;      /* the addition rounds to 2^-24 */
@@ -150,28 +146,23 @@ INLINED uint16_t to_fp16(float value) {
     return (uint16_t)((bits >> 16 & 0x8000) | half);
 }
 
-INLINED void widen(const char *slot, long kind, long start, long count, float *to) {
+INLINE void widen(const char *slot, long kind, long start, long count, float *to) {
     if (kind == FLOAT32) {
         memcpy(to, (const float *)slot + start, count * sizeof *to);
         return;
     }
     const uint16_t *from = (const uint16_t *)slot + start;
     if (kind == BFLOAT16)
-        for (long i = 0; i < count; i++) to[i] = as_float((uint32_t)from[i] << 16);
+        for (long i = 0; i < count; i++) to[i] = from_bf16(from[i]);
     else
         for (long i = 0; i < count; i++) to[i] = from_fp16(from[i]);
 }
 
-INLINED void narrow(const float *from, long kind, long start, long count, char *target) {
-    if (kind == FLOAT32) {
-        memcpy((float *)target + start, from, count * sizeof *from);
-        return;
-    }
-    uint16_t *to = (uint16_t *)target + start;
-    if (kind == BFLOAT16)
-        for (long i = 0; i < count; i++) to[i] = to_bf16(from[i]);
+INLINE void narrow(const float *from, long kind, long start, long count, char *target) {
+    if (kind == FLOAT16)
+        for (long i = 0; i < count; i++) ((uint16_t *)target)[start + i] = to_fp16(from[i]);
     else
-        for (long i = 0; i < count; i++) to[i] = to_fp16(from[i]);
+        store(kind == BFLOAT16, from, target + start * (kind == BFLOAT16 ? 2 : 4), count);
 }
 
 /* target = the sum or the maximum of all slots over elements first .. last, in the order of the ranks, in fp32. */

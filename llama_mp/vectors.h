@@ -31,6 +31,13 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays Na
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
 }
 
+INLINE void store(int is_bf16, const float *x, void *to, long count) {
+    if (is_bf16)
+        for (long i = 0; i < count; i++) ((uint16_t *)to)[i] = to_bf16(x[i]);
+    else
+        memcpy(to, x, count * sizeof *x);
+}
+
 INLINE floats as_floats(words bits) { return (floats)bits; }
 
 #if __GNUC__ >= 12 || defined(__clang__)
