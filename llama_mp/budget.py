@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from llama_mp.advice import largest
 from llama_mp.config import ModelConfig, RunConfig
-from llama_mp.errors import RequestError
+from llama_mp.errors import RequestError, counted
 from llama_mp.fit import Room, check_fits, free_host_bytes
 from llama_mp.memory import BLOCK_SLOTS, RankMemory, Workload, later_bytes, num_streamed, rank_memory, waiting_bytes
 
@@ -104,7 +104,7 @@ class Fitting:
             )
 
     def named(self, workload: Workload) -> str:
-        return f"{self.config.name} over {self.mp} rank{'s' * (self.mp > 1)} in {workload.dtype}"
+        return f"{self.config.name} over {counted(self.mp, 'rank')} in {workload.dtype}"
 
 
 def on_device_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:

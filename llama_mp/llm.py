@@ -20,7 +20,7 @@ from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
-from llama_mp.errors import RequestError
+from llama_mp.errors import RequestError, counted
 from llama_mp.flags import checked
 from llama_mp.fused import load_steps
 from llama_mp.kernels import load_kernels
@@ -147,7 +147,7 @@ class LLM:
             self.store.forget()  # so that the next run warns as well
         if world.is_leader and (padding := padding_share(self.config, world.size, self.run.quant)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
-            self.say(f"{self.config.name} over {world.size} rank{'s' * (world.size > 1)}: {cost}")
+            self.say(f"{self.config.name} over {counted(world.size, 'rank')}: {cost}")
         return model
 
     def warn_of_not_finite(self) -> None:
