@@ -33,6 +33,7 @@ WITH_TORCH = [
     "llama_mp.quant",
     "llama_mp.cache",
     "llama_mp.parallel",
+    "llama_mp.world",
     "llama_mp.shared_memory",
     "llama_mp.machine",
     "llama_mp.sampling",
