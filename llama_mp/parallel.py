@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from llama_mp import errors, shared_memory
 from llama_mp.config import RunConfig
 from llama_mp.cores import cores_at_hand
-from llama_mp.errors import RequestError
+from llama_mp.errors import LostContact, RequestError
 from llama_mp.machine import choose_device, return_freed_memory, threads_per_rank, unused_gpu
 from llama_mp.pinning import pin, read_places, shares
 from llama_mp.world import LEAST_PATIENCE_S, SETUP_TIMEOUT, Heartbeat, World, is_first_to_speak
@@ -53,26 +54,73 @@ def connect(run: RunConfig) -> World:
     store = dist.PrefixStore(f"llama_mp/{store.add(f'llama_mp/worlds_of/{rank}', 1)}", store)
     if size > 1:
         errors.set_speaker(lambda: is_first_to_speak(store, rank))
-    control = "alone" if size == 1 else "gloo"
-    groups = dist.PrefixStore("groups", store)
-    # Control messages wait for rank 0, which may wait for a person or a full pipe; tensors wait --step_timeout alone.
-    dist.init_process_group(control, store=groups, rank=rank, world_size=size, timeout=SETUP_TIMEOUT)
     world = World(rank=rank, size=size, device=torch.device("cpu"), store=store, local_size=local_size)
+    world.patience_s = max(run.step_timeout, LEAST_PATIENCE_S)
+    form_control_group(world)
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
     if world.is_leader and (note := unused_gpu(run.device)):
         print(note, file=sys.stderr, flush=True)
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
-    if size == 1:
-        backend = control
-    else:
-        backend = "nccl" if world.device.type == "cuda" else cpu_backend(world)
-    form_model_parallel_group(size, backend, timedelta(seconds=run.step_timeout))
-    world.patience_s = max(run.step_timeout, LEAST_PATIENCE_S)
+    form_model_parallel_group(world, timedelta(seconds=run.step_timeout))
     if size > 1 and world.is_leader:
         world.heartbeat = Heartbeat(store)
         world.heartbeat.start()
     return world
+
+
+def form_control_group(world: World) -> None:
+    """The default group, for messages. They wait for rank 0, which may wait for a person or a full pipe; only the first
+    has to come soon."""
+    backend, groups = "alone" if world.size == 1 else "gloo", dist.PrefixStore("groups", world.store)
+    world.gather(None)  # all have started: from here on it is the network that one may wait for
+    patience = timedelta(seconds=world.patience_s)
+    with in_reach(backend):
+        dist.init_process_group(backend, store=groups, rank=world.rank, world_size=world.size, timeout=patience)
+        prove(dist.group.WORLD, world.device)
+    set_timeout(SETUP_TIMEOUT, dist.group.WORLD)
+
+
+def form_model_parallel_group(world: World, timeout: timedelta) -> None:
+    """fairscale's groups over all ranks; what it prints is not for the user, and it passes no timeout on."""
+    if world.size == 1:
+        backend = "alone"
+    else:
+        backend = "nccl" if world.device.type == "cuda" else cpu_backend(world)
+    with contextlib.redirect_stdout(io.StringIO()):
+        fairscale_groups.initialize_model_parallel(world.size, model_parallel_backend=backend)
+    group = fairscale_groups.get_model_parallel_group()
+    set_timeout(timeout, group)
+    with in_reach(backend):
+        prove(group, world.device)
+
+
+def set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    if isinstance(group, shared_memory.SharedMemory):
+        group.set_timeout(timeout)
+    elif group.size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+@contextlib.contextmanager
+def in_reach(backend: str) -> Iterator[None]:
+    """The first meeting of the ranks. Raises LostContact, with what to check, when some do not reach each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostContact(
+            f"the ranks do not reach each other over {backend} ({error}): check the network between the nodes, its "
+            f"firewall, and the interface in {'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME"
+        ) from error
+
+
+def prove(group: dist.ProcessGroup, device: torch.device) -> None:
+    """One small sum over several ranks, before anything depends on it."""
+    if group.size() > 1:
+        ones = torch.ones(1, device=device)
+        dist.all_reduce(ones, group=group)
+        if ones.item() != group.size():
+            raise RuntimeError(f"{group.size()} ranks sum to {ones.item():g}")
 
 
 class Neighbour(NamedTuple):
@@ -91,8 +139,9 @@ def neighbours(world: World) -> dict[int, Neighbour]:
 
 
 def machine_id() -> str:
-    """The same in all containers of a machine."""
-    return BOOT_ID.read_text() if BOOT_ID.is_file() else os.uname().nodename
+    """The same in all containers of a machine, but not on two nodes of SLURM that one machine plays."""
+    machine = BOOT_ID.read_text() if BOOT_ID.is_file() else os.uname().nodename
+    return machine + os.environ.get("SLURMD_NODENAME", "")
 
 
 def pin_beside(here: dict[int, Neighbour], rank: int) -> None:
@@ -114,17 +163,6 @@ def cpu_backend(world: World) -> str:
     if obstacle and world.is_leader:
         print(f"the ranks sum over gloo, not through shared memory ({obstacle}): slower", file=sys.stderr, flush=True)
     return "gloo" if obstacle else shared_memory.NAME
-
-
-def form_model_parallel_group(size: int, backend: str, timeout: timedelta) -> None:
-    """fairscale's groups over all ranks; what it prints is not for the user, and it passes no timeout on."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        fairscale_groups.initialize_model_parallel(size, model_parallel_backend=backend)
-    group = fairscale_groups.get_model_parallel_group()
-    if isinstance(group, shared_memory.SharedMemory):
-        group.set_timeout(timeout)
-    elif size > 1:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def reduce(x: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,8 @@ WITH_TORCH = [
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
 ]
 WITHOUT_TORCH = [
+    "llama_mp.slurm.supervisor",
+    "llama_mp.slurm",
     "llama_mp.reshard_request",
     "llama_mp.bench",
     "llama_mp.guide",
@@ -90,6 +92,7 @@ WITHOUT_TORCH = [
     "llama_mp.output",
     "llama_mp.prompts",
     "llama_mp.launcher",
+    "llama_mp.slurm.roll_call",
     "llama_mp.packed",
     "llama_mp.progress",
     "llama_mp.partial",
