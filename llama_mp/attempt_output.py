@@ -18,7 +18,7 @@ from llama_mp.lines import Lines, checked_records
 from llama_mp.output import check_place, request_error
 from llama_mp.parts import REMOVED, Parts, size_bytes
 from llama_mp.run_file import as_read_back, check_same_run, run_path
-from llama_mp.status import Reporter, status_path, write_status
+from llama_mp.status import Reporter, status_path
 
 
 class AttemptOutput:
@@ -49,18 +49,17 @@ class AttemptOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        code = None if error is None else exit_code(error)
         try:
             if error is None:
                 self.close()
-                code = None if self.left else DONE
             else:
                 self._close_part()
         except BaseException as failure:
-            code = exit_code(failure)
+            error = failure
             raise
         finally:
-            self._reporter.end(code)
+            if error is not None:
+                self._reporter.end(exit_code(error))
 
     @property
     def left(self) -> set[str]:
@@ -83,7 +82,10 @@ class AttemptOutput:
         # more. Of two attempts that end together the later then sees all lines, whichever it is.
         self._close_part()
         if self.left:
+            self._reporter.end(None)
             return
+        if self.attempt.share:
+            self._reporter.end(DONE)  # before the merge: a status put among the parts after it would stay there
         try:
             found = self._merge()
         except OSError as error:
@@ -93,8 +95,8 @@ class AttemptOutput:
             ) from error
         if lost := len(self.own - found):
             raise RunError(f"{counted(lost, 'line')} of {self.parts.folder} gone; run the same command again")
-        if self.attempt.share and found >= set(self.ids):
-            self._tell_of_all()
+        if found >= set(self.ids):
+            self._reporter.tell_of_all(status_path(self.path, None), len(self.ids))
 
     def _begin(self, wanted: dict[str, Any]) -> None:
         self._refuse_others()
@@ -104,15 +106,22 @@ class AttemptOutput:
         self.done |= {id for id, _ in self.parts.records()}
         self.done |= {id for id, _ in self._output_records()}
         if self.left:
-            self.parts.folder.mkdir(exist_ok=True)
             if not has_lines:
-                write_whole(run_path(self.path), json_bytes(wanted), self.parts.folder)
+                self._write_run_file(wanted)
             self._part = self.parts.begin(self.attempt.name)
             # Another job may have begun at the same moment: its part is there to be seen now, or ours is for it.
             self._refuse_others()
             self._check_same_run(wanted)
         status = status_path(self.path, self.attempt.share)
         self._reporter = Reporter(status, self.attempt, len(self.own), len(self.own & self.done))
+
+    def _write_run_file(self, wanted: dict[str, Any]) -> None:
+        while True:
+            self.parts.folder.mkdir(exist_ok=True)
+            try:
+                return write_whole(run_path(self.path), json_bytes(wanted), self.parts.folder)
+            except FileNotFoundError:  # another attempt has just removed the folder
+                continue
 
     def _refuse_others(self) -> None:
         if is_locked(self.path):
@@ -154,12 +163,6 @@ class AttemptOutput:
                     continue  # another attempt was faster, and has removed the folder
             self.parts.remove()
             return set(lines)
-
-    def _tell_of_all(self) -> None:
-        """An array's tasks had their status among the parts: leave one of the whole output in their place."""
-        counts = {"code": DONE, "done": len(self.ids), "all": len(self.ids), "done_before": len(self.ids)}
-        with contextlib.suppress(OSError):
-            write_status(status_path(self.path, None), self._reporter.status | counts)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,11 @@ class Parts:
         self.folder = parts_folder(output)
 
     def files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.jsonl"))
+        try:  # not Path.glob, which looks for the folder first: it may go at any moment
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        return [self.folder / name for name in sorted(names) if name.endswith(".jsonl")]
 
     def hold_lines(self) -> bool:
         """Whether anything was ever written to them."""
@@ -72,7 +76,8 @@ class Parts:
                 continue
             with contextlib.suppress(RequestError):  # the lock is for others to see; a file system may have none
                 lock(file, path)
-            sync(self.folder)
+            with contextlib.suppress(FileNotFoundError):  # removed again, and the part with it: the output is complete
+                sync(self.folder)
             return Lines(path, file)
         raise AssertionError("itertools.count ended")
 

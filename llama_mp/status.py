@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mp.attempt import Attempt
+from llama_mp.errors import DONE
 from llama_mp.files import json_bytes, write_whole
 from llama_mp.parts import parts_folder
 
@@ -87,6 +88,12 @@ class Reporter:
         """The attempt ends; None: as one that only looked what there is to do."""
         self.status["code"] = code
         self.write()
+
+    def tell_of_all(self, path: Path, num_prompts: int) -> None:
+        """The whole output is there: say so at `path`, its own status; that of an array's task went with the parts."""
+        self.path = path
+        self.status |= {"done": num_prompts, "all": num_prompts}
+        self.end(DONE)
 
     def write(self) -> None:
         """The status as it is now, with what the supervisor has put there since."""
