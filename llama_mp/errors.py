@@ -85,7 +85,7 @@ def report(error: BaseException) -> int:
     not ended by then was alone with its error, and says it. A rank that only lost another waits too where our launcher
     knows the cause and is about to say it."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        return exit_code(error)
     if os.environ.get("LLAMA_MP_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, LostContact) and LAUNCHED in os.environ:
@@ -99,6 +99,13 @@ def report(error: BaseException) -> int:
     if is_own or not is_first:
         text = f"{this_process()}: {text}"
     print(f"error: {text}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that `error` ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
     wrong_path = isinstance(error, OSError) and error.filename is not None
     return getattr(error, "exit_code", BAD_REQUEST if wrong_path else RUN_FAILED)
 
