@@ -22,9 +22,12 @@ class Attempt:
     @classmethod
     def of_environment(cls) -> "Attempt | None":
         """What the job's step was told; None outside of a job."""
-        name, share = os.environ.get(ATTEMPT), os.environ.get(SHARE)
-        if name is None:
-            return None
+        name = os.environ.get(ATTEMPT)
+        return None if name is None else cls.of(name, os.environ.get(SHARE))
+
+    @classmethod
+    def of(cls, name: str, share: str | None) -> "Attempt":
+        """As the step's environment has them."""
         # Our own supervisor sets both, and the name becomes that of a file.
         assert re.fullmatch(r"[0-9]+(_[0-9]+)?-[0-9]+", name), f"{ATTEMPT} is {name!r}"
         assert share is None or re.fullmatch("[0-9]+/[0-9]+", share), f"{SHARE} is {share!r}"

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llama_mp.attempt import job_of
@@ -57,7 +57,15 @@ class Parts:
 
         The last line of one whose attempt was killed may be cut off, and of one that is being written anything may be
         missing on another host: what cannot be read is as if it were not there."""
-        for path in self.files():
+        yield from self.records_in(self.files())
+
+    def ids_of(self, name: str) -> set[str]:
+        """What the attempt `name` has finished."""
+        own = (path for path in self.files() if path.name.split(".")[0] == name)
+        return {id for id, _ in self.records_in(own)}
+
+    def records_in(self, files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+        for path in files:
             try:
                 with path.open("rb") as file:
                     yield from readable_records(file)
