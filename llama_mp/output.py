@@ -149,16 +149,21 @@ class Output:
         )
 
 
+def check_place(path: Path) -> None:
+    """Raise RequestError unless `path` is a regular file, or the place for one. Nothing is opened or made."""
+    if path.is_dir():
+        raise RequestError(f"--output {path} is a folder; give a file in it, such as {path / 'out.jsonl'}")
+    if path.exists() and not path.is_file():
+        raise RequestError(f"--output {path} is not a regular file, so no run could continue it; give a file")
+    if not path.parent.is_dir():
+        folder = shlex.quote(str(path.parent))
+        raise RequestError(f"--output {path}: there is no folder {path.parent}; make it with mkdir -p {folder}")
+
+
 def _open(path: Path) -> int:
     """A descriptor to read and append; whatever is at `path` keeps its contents."""
     try:
-        if path.is_dir():
-            raise RequestError(f"--output {path} is a folder; give a file in it, such as {path / 'out.jsonl'}")
-        if path.exists() and not path.is_file():
-            raise RequestError(f"--output {path} is not a regular file, so no run could continue it; give a file")
-        if not path.parent.is_dir():
-            folder = shlex.quote(str(path.parent))
-            raise RequestError(f"--output {path}: there is no folder {path.parent}; make it with mkdir -p {folder}")
+        check_place(path)
         return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     except OSError as error:
         raise _request_error(error, path) from error
