@@ -13,12 +13,9 @@ from functools import partial
 
 from llama_mp import cli
 from llama_mp.errors import RequestError
-from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, JobFlags, JobIdFlags, ReshardJobFlags, VerbFlags
+from llama_mp.slurm.flags import JOBS, REPORTS, JobFlags, JobIdFlags, VerbFlags
 from llama_mp.slurm.request import job_of
 from llama_mp.slurm.script import render
-
-JOBS = {"infer": InferJobFlags, "bench": BenchJobFlags, "reshard": ReshardJobFlags}
-REPORTS = ("status", "logs", "cancel")
 
 
 def submit(verb: str, flags: JobFlags) -> int:

@@ -12,8 +12,6 @@ from llama_mp.flags import REQUIRED, Flags, check_at_least, flag
 from llama_mp.reshard_request import ReshardFlags
 from llama_mp.slurm.site import SITE_FILE
 
-VERBS = ("infer", "bench", "reshard", "status", "logs", "cancel")
-
 
 def seconds_of(time: str) -> int:
     """A time limit as sbatch takes it: minutes, or [D-]HH:MM:SS. Raises RequestError for anything else."""
@@ -117,13 +115,15 @@ class ReshardJobFlags(ClusterConfig, ReshardFlags):
 
 
 JobFlags = InferJobFlags | BenchJobFlags | ReshardJobFlags
+JOBS = {"infer": InferJobFlags, "bench": BenchJobFlags, "reshard": ReshardJobFlags}
+REPORTS = ("status", "logs", "cancel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerbFlags(Flags):
     """What stands first on the command line of `submit.py`."""
 
-    verb: Literal[VERBS] = flag(
+    verb: Literal[(*JOBS, *REPORTS)] = flag(
         REQUIRED, "infer, bench or reshard, to be run; status, logs or cancel, of a job", positional=True
     )
 

@@ -55,7 +55,8 @@ def job_of(verb: str, flags: JobFlags, program: str) -> Job:
 def planned(flags: JobFlags, site: Site) -> tuple[str, Resources]:
     """The name of the model, empty where it is not known yet, and what the job needs."""
     if isinstance(flags, ReshardJobFlags):
-        model, num_bytes = reshard_bytes(own_flags(flags), may_come=flags.after is not None) or ("", None)
+        may_be_absent = flags.dry_run or flags.after is not None
+        model, num_bytes = reshard_bytes(own_flags(flags), may_be_absent=may_be_absent) or ("", None)
         return model, reshard_resources(flags, site, num_bytes)
     work = infer_work(flags) if isinstance(flags, InferJobFlags) else bench_work(flags)
     request = Request(flags=flags, site=site, work=work)

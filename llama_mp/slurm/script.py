@@ -56,7 +56,7 @@ def render(job: Job) -> str:
     lines = ["#!/bin/bash", f"# {shell(['python', *job.source])}"]
     lines += [directive(name, value) for name, value in own.items()]
     lines += [further(option, own) for option in job.options]
-    lines += ["", "set -eo pipefail  # not -u: what sites source reads variables that are not set", *job.setup]
+    lines += ["", "set -eo pipefail  # without -u: modules and activation scripts read unset variables", *job.setup]
     if job.interface is not None:
         name = shlex.quote(job.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
@@ -64,8 +64,8 @@ def render(job: Job) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        wrong = text[error.start - 20 : error.end].encode(errors="backslashreplace").decode()
-        raise RequestError(f"...{wrong!r} is not UTF-8, and no batch script can hold it: rename it") from error
+        wrong = text[: error.end].split()[-1].encode(errors="backslashreplace").decode()
+        raise RequestError(f"{wrong} is not UTF-8, and no batch script can hold it: rename the file") from error
     return text
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from llama_mp.errors import RequestError
 from llama_mp.flags import check_at_least, checked
-from llama_mp.gpus import Gpu, card_of
+from llama_mp.gpus import Gpu, card_of, find_gpu
 
 SITE_FILE = Path("~/.config/llama_mp/slurm.toml")
 
@@ -58,6 +58,6 @@ def check(site: Site) -> None:
     """Raise RequestError for values that no cluster has."""
     if site.gpu is not None and site.vram_gib is not None:
         raise RequestError("gpu and vram_gib are both there: drop one")
-    check_at_least(site, gpus_per_node=0, cpus_per_node=1, mem_gib_per_node=1, vram_gib=1)
-    if site.card is None and site.gpu is not None:
-        raise RequestError("gpu is empty: name a card")
+    check_at_least(site, gpus_per_node=1, cpus_per_node=1, mem_gib_per_node=1, vram_gib=1)
+    if site.gpu is not None:
+        find_gpu(site.gpu)  # raises for one that is not known

@@ -104,9 +104,9 @@ def bench_work(flags: BenchJobFlags) -> Work | None:
     return work(flags, located, num_rows=run.max_batch_size, seq_len=run.max_seq_len, tokens=tokens)
 
 
-def reshard_bytes(flags: ReshardFlags, *, may_come: bool) -> tuple[str, int] | None:
-    """The model's name, and the bytes to read and to write; None for an input that another job has yet to write."""
-    if may_come and not flags.input.exists():
+def reshard_bytes(flags: ReshardFlags, *, may_be_absent: bool) -> tuple[str, int] | None:
+    """The model's name, and the bytes to read and to write; None for an input that is not here, or not yet."""
+    if may_be_absent and not flags.input.exists():
         check_output(flags.output)
         return None
     checkpoint = check_request(flags)
