@@ -31,7 +31,7 @@ class InferFlags(RunConfig, SamplingConfig, RecordConfig):
     prompts_file: Path | None = flag(None, "prompts: .txt, one a line, or .jsonl with id, prompt or messages, any flag")
     chat: bool = flag(False, "apply the model's chat template to --prompt or to standard input")
     output: Path | None = flag(None, "write one JSON object per prompt to this .jsonl file; a rerun continues it")
-    mp: int | None = flag(None, "start this many ranks on this machine; default: torchrun's, or 1")
+    mp: int | None = flag(None, "start this many ranks; default: torchrun's, or 1, or in a job as planned")
 
     def __post_init__(self) -> None:
         super().__post_init__()
