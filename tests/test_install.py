@@ -86,6 +86,8 @@ WITHOUT_TORCH = [
     "llama_mp.vocabulary",
     "llama_mp.cli",
     "llama_mp.stdout",
+    "llama_mp.slurm.report",
+    "llama_mp.slurm.cluster",
     "llama_mp.output",
     "llama_mp.prompts",
     "llama_mp.launcher",
