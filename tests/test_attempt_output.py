@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from llama_mp import lines, status
+from llama_mp import attempt_output, lines, status
 from llama_mp.attempt import Attempt
 from llama_mp.attempt_output import AttemptOutput
 from llama_mp.errors import RequestError, RunError
@@ -289,12 +290,44 @@ def test_nfs_tells_that_another_host_removed_the_part(tmp_path, monkeypatch):
 def test_lines_that_somebody_removed_are_missed(tmp_path, share):
     path = tmp_path / "job" / "o"
     with (
-        pytest.raises(RunError, match="3 lines of .*o.parts gone" if share else "5 lines"),
+        pytest.raises(RunError, match=rf"{3 if share else 5} lines of .*o\.parts gone"),
         opened(path, share=share) as out,
     ):
         write(out, "".join(out.left))
         out._part.path.unlink()
     assert not path.exists() and read_status(status_path(path, share))["code"] == 1
+
+
+def test_parts_that_somebody_removes_while_they_are_merged_are_missed(tmp_path, monkeypatch):
+    path = tmp_path / "job" / "o"
+    out = opened(path)
+    write(out, "abcde")
+    write_whole = attempt_output.write_whole
+
+    def late(*arguments: object) -> None:
+        shutil.rmtree(out.parts.folder, ignore_errors=True)
+        write_whole(*arguments)
+
+    monkeypatch.setattr(attempt_output, "write_whole", late)
+    with pytest.raises(RunError, match=r"5 lines of .*o\.parts gone"):
+        out.__exit__(None, None, None)
+    assert not path.exists()
+
+
+def test_the_folder_removed_as_an_attempt_begins(tmp_path, monkeypatch):
+    """As one does that finds all done at that moment."""
+    path = tmp_path / "job" / "o"
+    mkdir, made = Path.mkdir, []
+
+    def gone_again(folder: Path, **options: bool) -> None:
+        mkdir(folder, **options)
+        made.append(folder)
+        if len(made) in (1, 3):  # for the run file, and for the part
+            folder.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", gone_again)
+    finish(opened(path))
+    assert complete(path) and len(made) == 4
 
 
 def test_attempts_that_end_at_the_same_moment(tmp_path):
