@@ -225,6 +225,26 @@ def test_sbatch_reads_every_value_as_it_was_meant(slurm_cluster: Any, tmp_path: 
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize("gpu_flag", ["gpus-per-node", "gres"])
+def test_a_job_asks_for_what_it_was_meant_to(gpu_flag: str, slurm_cluster: Any, tmp_path: Path) -> None:
+    wide = {"nodes": 2, "gpus_per_node": 3, "cpus_per_node": 4, "mem_mib": 1000, "time_s": 3000, "gpu_flag": gpu_flag}
+    (tmp_path / "parent").write_text(render(job(options=("--hold",))))
+    parent = slurm_cluster.sh(f"sbatch --parsable {tmp_path / 'parent'}").strip()
+    (tmp_path / "child").write_text(render(job(**wide, after=parent, partition="main", account="a", array=1)))
+    child = slurm_cluster.sh(f"sbatch --parsable {tmp_path / 'child'}").strip()
+    shown = slurm_cluster.sh(f"scontrol show job {child}")
+    script = slurm_cluster.sh(f"scontrol write batch_script {child} -")
+    slurm_cluster.sh(f"scancel {parent} {child}")
+    for said in (
+        *("NumNodes=2", "CPUs/Task=4", "MinMemoryNode=1000M", "TresPerNode=gres:gpu:3", "TimeLimit=00:50:00"),
+        *("Requeue=1", "KillOInInvalidDependent=Yes", f"Dependency=afterok:{parent}", "Partition=main", "Account=a"),
+        "ArrayTaskId=0",
+    ):
+        assert said in shown
+    assert script.strip() == (tmp_path / "child").read_text().strip()
+
+
+@pytest.mark.slurm
 def test_a_log_is_where_it_was_meant(slurm_cluster: Any, tmp_path: Path) -> None:
     for path in (tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o755)

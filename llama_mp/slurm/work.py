@@ -96,7 +96,8 @@ def most_tokens(prompt: Prompt) -> Row:
 
 
 def bench_work(flags: BenchJobFlags) -> Work | None:
-    located = find(flags, find_model if flags.random_weights else locate_weights)
+    checkpoint = find_model(flags) if flags.random_weights else None
+    located = (checkpoint.config, checkpoint) if checkpoint else find(flags, locate_weights)
     if located is None:
         return None
     run = flags.completed(located[0])
@@ -126,7 +127,7 @@ def find(flags: NodesConfig, locate: Callable[[RunConfig], Checkpoint]) -> Locat
     first, or the script is only to be seen."""
     if flags.after is not None and flags.ckpt_dir is not None and not flags.ckpt_dir.exists():
         return shape_alone(flags) if flags.size else None
-    if flags.dry_run and flags.size and flags.ckpt_dir is None and not getattr(flags, "random_weights", False):
+    if flags.dry_run and flags.size and flags.ckpt_dir is None:
         try:
             path_of_size(load_size(flags.size))
         except RequestError as absent:
