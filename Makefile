@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-all-reduce bench-cpu bench-offload bench-plan bench-quality bench-reshard clean
+.PHONY: help demo test test-slow test-slurm lint bench bench-all-reduce bench-cpu bench-offload bench-plan bench-quality bench-reshard clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -16,6 +16,7 @@ help:
 	@echo 'make demo           answer three questions with the default model (135M parameters) over 2 ranks'
 	@echo 'make test           the fast tests'
 	@echo 'make test-slow      the slow tests: minutes each'
+	@echo 'make test-slurm     the tests on a SLURM cluster, which they start on this machine: as root, slurm-wlm and munge'
 	@echo 'make lint           style: ruff check, ruff format --check'
 	@echo 'make bench-cpu      (or make bench) the CPU beside Hugging Face and llama.cpp, where llama-cpp-python is installed'
 	@echo 'make bench-all-reduce  sums over ranks through shared memory beside gloo'
@@ -34,9 +35,13 @@ test: .venv/.installed-test
 	@echo 'Deselected were the tests marked'
 	@echo '  slow   they take minutes:       make test-slow'
 	@echo '  gpu    they need a CUDA device: $(PY) -m pytest -m gpu'
+	@echo '  slurm  they start a cluster:    make test-slurm'
 
 test-slow: .venv/.installed-test
 	$(PY) -m pytest -m 'slow and not gpu and not slurm' -rs --durations=10
+
+test-slurm: .venv/.installed-test
+	REQUIRE_SLURM=1 $(PY) -m pytest -m 'slurm and not slow' -rs --durations=10
 
 lint: .venv/.installed-lint
 	$(PY) -m ruff check .

@@ -1,11 +1,14 @@
 """Shared by all tests: the pool of ranks, tiny checkpoints written once, and where the default model lies."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ranks import Ranks
+from slurm_cluster import PROGRAMS, SlurmCluster
 
 from llama_mp.gguf_header import read_header
 
@@ -63,3 +66,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path
     folder = write_meta(tmp_path_factory.mktemp("tiny"), config, meta_tensors(hugging_face(config)), mp=2)
     (folder / "tokenizer.model").symlink_to(tokenizer_file)
     return folder
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """A real SLURM. Where it cannot run its tests are skipped, or fail when REQUIRE_SLURM=1 says that it must."""
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing or os.geteuid() != 0:
+        cause = f"{', '.join(missing)} not found" if missing else "only root can start it"
+        message = f"no SLURM cluster: {cause}; as root: apt-get install -y slurm-wlm munge"
+        (pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip)(message)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The cluster, as this process's own commands see it; no test leaves a job to the next."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.conf))
+    yield slurm_cluster
+    slurm_cluster.cancel_all()
