@@ -27,7 +27,7 @@ def job(verb: str, *words: str | Path, **site: Any) -> Job:
     if site:
         Path("site.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in site.items()))
         argv += ["--cluster", "site.toml"]
-    return job_of(verb, parse(JOBS[verb], argv), "launch/submit.py")
+    return job_of(verb, parse(JOBS[verb], argv), "launch/submit.py")[0]
 
 
 def planned(*words: str, **site: Any) -> Job:

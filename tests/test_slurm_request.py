@@ -5,18 +5,19 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from running import INFER, ROOT, run
 from slurm_jobs import empty_home, job, planned, refusal, words_after
 
-import llama_mp.slurm
-from llama_mp.batch import InferFlags
+from llama_mp.batch import Batch, InferFlags
 from llama_mp.checkpoint.cut import CHUNK_ELEMENTS
 from llama_mp.checkpoint.reshard import TOKENIZER_BYTES
 from llama_mp.cli import parse
 from llama_mp.errors import RequestError
+from llama_mp.locate import locate
+from llama_mp.parts import Parts
+from llama_mp.slurm import cluster, report
 from llama_mp.slurm.flags import JOBS
 from llama_mp.slurm.work import infer_work
 
@@ -124,6 +125,21 @@ def test_what_infer_refuses_is_refused_in_its_words(words: tuple[str, ...], tiny
     assert sorted(Path(".").iterdir()) == before
 
 
+def test_an_output_of_another_run_or_of_a_living_job_is_refused(tiny: Path) -> None:
+    words = ["--ckpt_dir", str(tiny), "--prompt", "x", "--output", "o.jsonl"]
+    flags = parse(InferFlags, words)
+    with Batch.open(flags, locate(flags)) as batch:
+        batch.output.write({"id": "0", "completion_tokens": 1})
+    assert job("infer", *words).output == Path("o.jsonl")
+    assert "o.jsonl is of another run: flags.seed was 1 there and is 2 now" in refusal("infer", *words, "--seed", "2")
+    (Path("o.jsonl.parts")).mkdir()
+    part = Parts(flags.output).begin("7-0")
+    assert refusal("infer", *words).startswith("job 7 is writing o.jsonl too")
+    assert job("infer", *words, "--after", "7").after == "7"
+    part.close()
+    assert job("infer", *words).nodes == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -178,9 +194,9 @@ def test_prompts_are_counted_in_bytes_where_there_is_no_tokenizer_and_in_tokens_
     chat = [{"role": "user", "content": "é" * 100}]
     Path("p.jsonl").write_text(json.dumps({"id": "a", "messages": chat, "max_gen_len": 50}, ensure_ascii=False))
     flags = parse(JOBS["infer"], ["--size", "65B", "--dry_run", "--prompts_file", "p.jsonl"])
-    assert 250 < infer_work(flags).workload.seq_len < 400
+    assert 250 < infer_work(flags, []).workload.seq_len < 400
     flags = parse(JOBS["infer"], ["--ckpt_dir", str(tiny), "--prompt", "Once upon a time", "--max_gen_len", "9"])
-    work = infer_work(flags)
+    work = infer_work(flags, [])
     assert 9 < work.workload.seq_len < 26 and (work.tokens, work.workload.dtype, work.num_files) == (9, "fp32", 2)
 
 
@@ -231,13 +247,22 @@ def test_help_is_the_verb_s(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_a_job_is_submitted_as_it_is_shown_and_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    submitted = []
-    cluster = SimpleNamespace(submit=lambda text: submitted.append(text) or "12")
-    report = SimpleNamespace(wait=lambda id: 3 if id == "12" else 4)
-    monkeypatch.setattr(llama_mp.slurm, "cluster", cluster, raising=False)
-    monkeypatch.setattr(llama_mp.slurm, "report", report, raising=False)
-    words = ("bench", "--size", "7B", "--random_weights", "--vram_gib", "80")
-    assert submit(monkeypatch, capsys, *words)[:2] == (0, "12\n")
-    assert submit(monkeypatch, capsys, *words, "--wait")[:2] == (3, "12\n")
+    submitted, waited = [], []
+    monkeypatch.setattr(cluster, "submit", lambda text: submitted.append(text) or "12")
+    monkeypatch.setattr(report, "wait", waited.append)
+    words = ("bench", "--size", "7B", "--random_weights")
+    code, printed, said = submit(monkeypatch, capsys, *words)
+    assert (code, printed, waited) == (0, "12\n", []) and said.startswith("1 GPU: no card is named")
+    assert submit(monkeypatch, capsys, *words, "--wait")[:2] == (0, "12\n") and waited == ["12"]
     shown = submit(monkeypatch, capsys, *words, "--dry_run")[1]
     assert [submitted[0], submitted[1].replace(" --wait", "")] == [shown, shown]
+
+
+def test_what_there_is_to_be_told_of_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "status", lambda id, as_json: print("status", id, as_json))
+    for name in ("logs", "cancel"):
+        monkeypatch.setattr(report, name, lambda id, name=name: print(name, id))
+    assert submit(monkeypatch, capsys, "status", "12")[1] == "status 12 False\n"
+    assert submit(monkeypatch, capsys, "status", "12_3", "--json")[1] == "status 12_3 True\n"
+    assert submit(monkeypatch, capsys, "logs", "--id", "12")[1] == "logs 12\n"
+    assert submit(monkeypatch, capsys, "cancel", "12")[1] == "cancel 12\n"

@@ -7,10 +7,12 @@ import pytest
 from slurm_jobs import empty_home, job, planned, refusal, words_after
 
 from llama_mp.advice import Device, smallest_degree
+from llama_mp.cli import parse
 from llama_mp.config import load_size
 from llama_mp.gpus import find_gpu
 from llama_mp.memory import Workload, host_bytes
-from llama_mp.slurm.flags import seconds_of
+from llama_mp.slurm.flags import JOBS, seconds_of
+from llama_mp.slurm.request import job_of
 
 BUILT_IN_TOKENS = 44 + 128  # of the longest prompt in bytes, and of its answer
 
@@ -23,12 +25,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- GPUs and nodes ------------------------------------------------------------------------------------------------
 
 
-def test_without_a_card_there_is_a_gpu_for_each_shard_and_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = planned()
+def test_without_a_card_there_is_a_gpu_for_each_shard_and_it_is_said() -> None:
+    asked, notes = job_of("infer", parse(JOBS["infer"], ["--size", "65B", "--dry_run"]), "launch/submit.py")
     assert (asked.nodes, asked.gpus_per_node, asked.name) == (1, 8, "infer-65B")
     assert words_after(asked) == "launch/infer.py --size 65B --device cuda --mp 8"
-    said = capsys.readouterr().err
-    assert "8 GPUs: no card is named" in said and f"no checkpoint of 65B at {Path.home()}/llama-mp/65B" in said
+    assert [note.split(":")[0] for note in notes] == [
+        "neither --prompt nor --prompts_file is given",
+        f"no checkpoint of 65B at {Path.home()}/llama-mp/65B",
+        "8 GPUs",
+    ]
 
 
 @pytest.mark.parametrize("name", ["RTX 3090", "A100 40GB", "A100 80GB", "H200"])
