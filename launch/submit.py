@@ -13,40 +13,51 @@ from functools import partial
 
 from llama_mp import cli
 from llama_mp.errors import RequestError
-from llama_mp.slurm.flags import JOBS, REPORTS, JobFlags, JobIdFlags, VerbFlags
+from llama_mp.slurm import cluster, report
+from llama_mp.slurm.flags import JOBS, JobFlags, JobIdFlags, StatusFlags, VerbFlags
 from llama_mp.slurm.request import job_of
 from llama_mp.slurm.script import render
 
 
-def submit(verb: str, flags: JobFlags) -> int:
-    text = render(job_of(verb, flags, sys.argv[0]))
+def submit(verb: str, flags: JobFlags) -> None:
+    job, notes = job_of(verb, flags, sys.argv[0])
+    text = render(job)
     if flags.dry_run:
         print(text, end="")
-        return 0
-    from llama_mp.slurm import cluster, report
+    else:
+        id = cluster.submit(text)
+        print(id, flush=True)
+    for note in notes:
+        print(note, file=sys.stderr)
+    if flags.wait:
+        report.wait(id)
 
-    id = cluster.submit(text)
-    print(id, flush=True)
-    return report.wait(id) if flags.wait else 0
+
+def status(flags: StatusFlags) -> None:
+    report.status(flags.id, as_json=flags.json)
 
 
-def tell(verb: str, flags: JobIdFlags) -> int | None:
-    from llama_mp.slurm import report
+def logs(flags: JobIdFlags) -> None:
+    report.logs(flags.id)
 
-    return getattr(report, verb)(flags.id)
+
+def cancel(flags: JobIdFlags) -> None:
+    report.cancel(flags.id)
 
 
 def refuse(flags: VerbFlags) -> None:
     raise RequestError(f"write the verb first: python {sys.argv[0]} {flags.verb} --name value ...")
 
 
+VERBS = {verb: (flags_class, partial(submit, verb)) for verb, flags_class in JOBS.items()}
+VERBS |= {"status": (StatusFlags, status), "logs": (JobIdFlags, logs), "cancel": (JobIdFlags, cancel)}
+
+
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    program = f"{sys.argv[0]} {verb}"
-    if verb in JOBS:
-        cli.main(JOBS[verb], partial(submit, verb), argv=sys.argv[2:], program=program, summary=__doc__)
-    if verb in REPORTS:
-        cli.main(JobIdFlags, partial(tell, verb), argv=sys.argv[2:], program=program, summary=__doc__)
+    if verb in VERBS:
+        flags_class, run = VERBS[verb]
+        cli.main(flags_class, run, argv=sys.argv[2:], program=f"{sys.argv[0]} {verb}", summary=__doc__)
     cli.main(VerbFlags, refuse, argv=sys.argv[1:2], summary=__doc__)
 
 

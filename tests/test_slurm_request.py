@@ -1,230 +1,36 @@
 """From flags to a job: what is planned, and what is refused before it is submitted."""
 
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from running import ROOT, infer, run
+from running import INFER, ROOT, run
+from slurm_jobs import empty_home, job, planned, refusal, words_after
 
-from llama_mp.advice import Device, smallest_degree
+from llama_mp.batch import Batch, InferFlags
 from llama_mp.checkpoint.cut import CHUNK_ELEMENTS
 from llama_mp.checkpoint.reshard import TOKENIZER_BYTES
 from llama_mp.cli import parse
-from llama_mp.config import load_size
 from llama_mp.errors import RequestError
-from llama_mp.gpus import find_gpu
-from llama_mp.memory import Workload, host_bytes
-from llama_mp.slurm.flags import JOBS, seconds_of
-from llama_mp.slurm.request import job_of
-from llama_mp.slurm.script import Job
+from llama_mp.locate import locate
+from llama_mp.parts import Parts
+from llama_mp.slurm import cluster, report
+from llama_mp.slurm.flags import JOBS
 from llama_mp.slurm.work import infer_work
-
-BUILT_IN_TOKENS = 44 + 128  # of the longest prompt in bytes, and of its answer
 
 
 @pytest.fixture(autouse=True)
-def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of submission and a home in which nothing is."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("LLAMA_MP_HOME", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def job(verb: str, *words: str | Path, **site: Any) -> Job:
-    """The job of a command line, at a site whose file holds `site`."""
-    argv = [str(word) for word in words]
-    if site:
-        Path("site.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in site.items()))
-        argv += ["--cluster", "site.toml"]
-    return job_of(verb, parse(JOBS[verb], argv), "launch/submit.py")
-
-
-def planned(*words: str, **site: Any) -> Job:
-    """A job of 65B, of which there are no files."""
-    return job("infer", "--size", "65B", "--dry_run", *words, **site)
-
-
-def refusal(verb: str, *words: str | Path, **site: Any) -> str:
-    with pytest.raises(RequestError) as caught:
-        job(verb, *words, **site)
-    return str(caught.value)
-
-
-def words_after(asked: Job) -> str:
-    return " ".join(asked.verb)
-
-
-# ---- GPUs and nodes ------------------------------------------------------------------------------------------------
-
-
-def test_without_a_card_there_is_a_gpu_for_each_shard_and_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = planned()
-    assert (asked.nodes, asked.gpus_per_node, asked.name) == (1, 8, "infer-65B")
-    assert words_after(asked) == "launch/infer.py --size 65B --device cuda --mp 8"
-    said = capsys.readouterr().err
-    assert "8 GPUs: no card is named" in said and f"no checkpoint of 65B at {Path.home()}/llama-mp/65B" in said
-
-
-@pytest.mark.parametrize("name", ["RTX 3090", "A100 40GB", "A100 80GB", "H200"])
-def test_as_many_gpus_as_the_plan_says(name: str) -> None:
-    card = find_gpu(name)
-    workload = Workload(dtype="fp16", batch_size=3, seq_len=BUILT_IN_TOKENS)
-    fewest = smallest_degree(load_size("65B"), 1, workload, Device(card.usable_bytes))
-    for asked in (planned("--gpu", name), planned("--vram_gib", str(card.memory_bytes / 2**30)), planned(gpu=name)):
-        assert (asked.nodes, asked.gpus_per_node) == (1, fewest)
-
-
-@pytest.mark.parametrize(
-    ("words", "site", "expected"),
-    [
-        ("--gpu A100", {"gpus_per_node": 2}, (2, 2)),  # 4 of them
-        ("--gpu A100 --nodes 1", {"gpus_per_node": 8}, (1, 4)),
-        ("--gpu A100 --nodes 3", {}, (3, 2)),
-        ("--gpu A100 --gpus_per_node 3", {}, (2, 3)),
-        ("--gpu A100 --nodes 2 --gpus_per_node 4", {}, (2, 4)),
-        ("--gpu A100 --nodes 2 --gpus_per_node 4 --mp 8", {}, (2, 4)),
-        ("--gpu A100 --mp 8", {"gpus_per_node": 4}, (2, 4)),
-        ("--gpu A100 --quant int4", {}, (1, 2)),
-        ("--mp 12", {}, (2, 6)),
-        ("--nodes 2", {}, (2, 4)),
-        ("--gpus_per_node 16", {}, (1, 16)),
-        ("--gpus_per_node 4", {}, (2, 4)),
-        ("--nodes 1 --gpus_per_node 1 --device auto", {}, (1, 1)),
-    ],
-)
-def test_nodes_and_gpus(words: str, site: dict[str, Any], expected: tuple[int, int]) -> None:
-    asked = planned(*words.split(), **site)
-    assert (asked.nodes, asked.gpus_per_node) == expected
-    assert asked.verb[-2:] == ("--mp", str(expected[0] * expected[1])) or "--mp" in asked.verb
-
-
-@pytest.mark.parametrize(
-    ("words", "site", "said"),
-    [
-        (
-            "--mp 6 --nodes 2 --gpus_per_node 4",
-            {},
-            "--mp 6 on 2 nodes with 4 GPUs each: 2 GPUs would be idle; give --mp 8",
-        ),
-        (
-            "--mp 10 --nodes 2 --gpus_per_node 4",
-            {},
-            "--mp 10 on 2 nodes with 4 GPUs each: give --mp 8, or more of them",
-        ),
-        ("--mp 3 --nodes 2", {}, "1 GPU would be idle; give --mp 4"),
-        ("--mp 2 --gpus_per_node 4", {}, "--mp 2 on 1 node with 4 GPUs each: 2 GPUs would be idle; give --mp 4"),
-        ("--mp 11", {}, "--mp 11 on 2 nodes with 6 GPUs each: 1 GPU would be idle; give --mp 12"),
-        ("--mp 32 --nodes 2", {}, "takes 16 GPUs of a node, and one has 8: give more --nodes"),
-        ("--gpus_per_node 8", {"gpus_per_node": 4}, "--gpus_per_node is 8, and a node has 4 (site file)"),
-        ("--mp 0", {}, "--mp is 0, but must be at least 1"),
-        ("--mp 65", {"gpus_per_node": 65}, "65 ranks for model 65B with 64 attention heads"),
-        ("--gpu A100 --mp 2", {}, "65B over 2 ranks in fp16 does not fit: one needs 67."),
-        ("--gpu A100 --mp 2", {}, "and A100 40GB has 42.31 GB; give --quant int4 or --mp 4, or --force to try"),
-        ("--vram_gib 2", {}, "does not fit: one needs"),
-        ("--gpu V100 --dtype bf16", {}, "--dtype bf16, but Tesla V100 16GB computes no bf16: use --dtype fp16"),
-        ("--gpu A100 --vram_gib 40", {}, "--gpu and --vram_gib are both given: drop one"),
-        ("--nodes 65", {}, "no number of ranks up to 64, the heads of 65B, suits: give --mp"),
-        ("--device cpu --gpus_per_node 2", {}, "--gpus_per_node with --device cpu: the GPUs would be idle"),
-        ("--device cpu --gpu A100", {}, "--gpu with --device cpu"),
-        ("--device cpu --nodes 2", {}, "1 rank over 2 nodes: give --mp 2, as many for each"),
-        ("--max_seq_len 4096", {}, "--max_seq_len is 4096, above 2048, the context of 65B"),
-    ],
-)
-def test_what_contradicts_or_does_not_fit(words: str, site: dict[str, Any], said: str) -> None:
-    assert said in refusal("infer", "--size", "65B", "--dry_run", *words.split(), **site)
-
-
-def test_force_submits_what_does_not_fit() -> None:
-    assert planned("--gpu", "A100", "--mp", "2", "--force").gpus_per_node == 2
-
-
-def test_a_checkpoint_s_own_shards_where_no_card_is_named(tiny: Path) -> None:
-    asked = job("infer", "--ckpt_dir", tiny)
-    assert (asked.nodes, asked.gpus_per_node, asked.verb[-2:]) == (1, 2, ("--mp", "2"))
-
-
-# ---- cores, memory, time -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "site", "cpus"),
-    [
-        ("", {}, 32),  # 8 ranks, and nothing says how many cores a node has
-        ("", {"cpus_per_node": 128}, 64),
-        ("", {"cpus_per_node": 36}, 32),
-        ("--nodes 2", {"cpus_per_node": 36}, 32),
-        ("--cpus_per_node 3", {"cpus_per_node": 36}, 3),
-        ("--device cpu", {"cpus_per_node": 6}, 6),
-    ],
-)
-def test_cores(words: str, site: dict[str, Any], cpus: int) -> None:
-    assert planned(*words.split(), **site).cpus_per_node == cpus
-
-
-def test_memory_is_that_of_the_ranks_of_a_node_and_a_tenth_more() -> None:
-    workload = Workload(dtype="fp16", batch_size=3, seq_len=BUILT_IN_TOKENS)
-    whole = host_bytes(load_size("65B"), 8, workload) * 1.1 / 2**20
-    assert planned("--mp", "8").mem_mib == pytest.approx(whole, abs=1)
-    assert planned("--mp", "8", "--nodes", "2").mem_mib == pytest.approx(whole / 2, abs=1)
-    offloaded = planned("--mp", "8", "--offload", "cpu").mem_mib
-    assert offloaded > whole + 100_000  # 130 GB wait there
-    assert planned("--mp", "8", "--mem_gib", "1.5").mem_mib == 1536
-
-
-def test_on_a_cpu_memory_holds_the_model() -> None:
-    one, two = planned("--device", "cpu"), planned("--device", "cpu", "--mp", "4", "--nodes", "2")
-    assert one.gpus_per_node == two.gpus_per_node == 0 and (one.nodes, two.nodes) == (1, 2)
-    assert one.mem_mib * 2**20 > 130.6e9 * 1.1 and 130.6e9 * 0.55 < two.mem_mib * 2**20 < 130.6e9 * 0.6
-    assert words_after(two) == "launch/infer.py --size 65B --device cpu --mp 4"
-    said = refusal("infer", "--size", "65B", "--dry_run", "--device", "cpu", "--mem_gib", "100")
-    assert "--mem_gib 100, but the ranks of a node need 12" in said and "or --force to try" in said
-
-
-def test_more_than_a_node_has_is_refused() -> None:
-    small = {"cpus_per_node": 4, "mem_gib_per_node": 8}
-    words = ("--size", "65B", "--dry_run")
-    assert "8 CPUs for 8 ranks of a node, and it has 4 (site file)" in refusal("infer", *words, **small)
-    assert "5 CPUs for 1 rank" in refusal("infer", *words, "--device", "cpu", "--cpus_per_node", "5", **small)
-    said = refusal("infer", *words, "--nodes", "2", **small | {"mem_gib_per_node": 4})
-    assert "6.3 GiB of main memory for a node, and it has 4 (site file): give more --nodes" in said
-
-
-def test_time_is_twice_that_of_loading_and_of_half_of_the_bandwidth() -> None:
-    def minutes(*words: str) -> int:
-        return planned("--mp", "8", "--gpu", "A100", *words).time_s // 60
-
-    loading_s = 130.57e9 / 0.2e9
-    assert minutes() == 30  # 2 x 653 s are 21.8 minutes, the tokens half of one
-    Path("many.txt").write_text("Once upon a time\n" * 50_000)
-    step_s = 130.57e9 / 8 / 1555e9  # and a little cache
-    decoding_s = 50_000 * 128 / 8 * step_s / 0.5
-    for share, words in ((1, []), (4, ["--array", "4", "--output", "o.jsonl"])):
-        expected = 2 * (loading_s + decoding_s / share)
-        assert expected < minutes("--prompts_file", "many.txt", *words) * 60 < 1.05 * expected + 600
-    assert minutes("--time", "7") == 7
-    assert job("bench", "--size", "smollm2-135m", "--random_weights", "--mp", "1").time_s == 600
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("1", 60), ("90", 5400), ("00:01:00", 60), ("12:00:30", 43230), ("1-12:00:00", 129600)]
-)
-def test_times(text: str, seconds: int) -> None:
-    assert seconds_of(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0", "00:00:59", "1h", "1:00", "1-12", "-5", "12:60:00", "UNLIMITED", "1.5"])
-def test_times_that_are_none(text: str) -> None:
-    assert refusal("infer", f"--time={text}").startswith("--time is ")
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return empty_home(tmp_path, monkeypatch)
 
 
 # ---- the other verbs -----------------------------------------------------------------------------------------------
 
 
-def test_a_bench(empty_home: Path) -> None:
+def test_a_bench(home: Path) -> None:
     asked = job("bench", "--size", "65B", "--random_weights", "--gpu", "A100", "--json", "r.json", "--record", "runs")
     assert (asked.nodes, asked.gpus_per_node, asked.name, asked.output) == (1, 4, "bench-65B", None)
     assert words_after(asked) == (
@@ -308,15 +114,30 @@ def test_ids_that_are_none(id: str) -> None:
     ],
     ids=lambda words: " ".join(words)[:40],
 )
-def test_what_infer_refuses_is_refused_in_its_words(
-    words: tuple[str, ...], tiny: Path, empty_home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (empty_home / "tiny").symlink_to(tiny)
+def test_what_infer_refuses_is_refused_in_its_words(words: tuple[str, ...], tiny: Path, home: Path) -> None:
+    (home / "tiny").symlink_to(tiny)
     Path("bad.jsonl").write_text('{"id": "a"}\n')
     before = sorted(Path(".").iterdir())
     refused = refusal("infer", *words, "--gpus_per_node", "9") if "9" in words else refusal("infer", *words)
-    assert refused == infer(*words, HOME=str(empty_home)).refusal
+    with pytest.raises(RequestError) as caught:
+        runpy.run_path(INFER)["main"](parse(InferFlags, words))
+    assert refused == str(caught.value)
     assert sorted(Path(".").iterdir()) == before
+
+
+def test_an_output_of_another_run_or_of_a_living_job_is_refused(tiny: Path) -> None:
+    words = ["--ckpt_dir", str(tiny), "--prompt", "x", "--output", "o.jsonl"]
+    flags = parse(InferFlags, words)
+    with Batch.open(flags, locate(flags)) as batch:
+        batch.output.write({"id": "0", "completion_tokens": 1})
+    assert job("infer", *words).output == Path("o.jsonl")
+    assert "o.jsonl is of another run: flags.seed was 1 there and is 2 now" in refusal("infer", *words, "--seed", "2")
+    (Path("o.jsonl.parts")).mkdir()
+    part = Parts(flags.output).begin("7-0")
+    assert refusal("infer", *words).startswith("job 7 is writing o.jsonl too")
+    assert job("infer", *words, "--after", "7").after == "7"
+    part.close()
+    assert job("infer", *words).nodes == 1
 
 
 @pytest.mark.parametrize(
@@ -335,15 +156,15 @@ def test_cluster_flags(words: tuple[str, ...], said: str) -> None:
     assert said in refusal("infer", "--size", "65B", *words)
 
 
-def test_folders_that_slurm_would_write_no_log_to(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_slurm_would_write_no_log_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, said in (
         ("a\\b", "SLURM writes no log where a name has a \\"),
         ("%j", "SLURM replaces what follows a %"),
     ):
-        (empty_home / name).mkdir()
-        monkeypatch.chdir(empty_home / name)
+        (home / name).mkdir()
+        monkeypatch.chdir(home / name)
         assert said in refusal("infer", "--size", "65B", "--dry_run")
-    assert planned("--log_dir", str(empty_home / "%j")).log_dir == empty_home / "%j"
+    assert planned("--log_dir", str(home / "%j")).log_dir == home / "%j"
 
 
 def test_what_the_flags_say_comes_before_what_the_site_says() -> None:
@@ -355,7 +176,7 @@ def test_what_the_flags_say_comes_before_what_the_site_says() -> None:
     assert planned().python == sys.executable
 
 
-def test_the_verb_gets_its_own_flags_and_the_script_all_of_them(tiny: Path, empty_home: Path) -> None:
+def test_the_verb_gets_its_own_flags_and_the_script_all_of_them(tiny: Path, home: Path) -> None:
     shutil.copytree(tiny, "it's tiny")
     words = ["--ckpt_dir", "it's tiny", "--prompt=--x", "--stop", "a", "--stop=-b", "--temperature", "0", "--echo"]
     cluster = ["--job_name", "a job", "--array=2", "--max_restarts", "1", "--wait"]
@@ -373,9 +194,9 @@ def test_prompts_are_counted_in_bytes_where_there_is_no_tokenizer_and_in_tokens_
     chat = [{"role": "user", "content": "é" * 100}]
     Path("p.jsonl").write_text(json.dumps({"id": "a", "messages": chat, "max_gen_len": 50}, ensure_ascii=False))
     flags = parse(JOBS["infer"], ["--size", "65B", "--dry_run", "--prompts_file", "p.jsonl"])
-    assert 250 < infer_work(flags).workload.seq_len < 400
+    assert 250 < infer_work(flags, []).workload.seq_len < 400
     flags = parse(JOBS["infer"], ["--ckpt_dir", str(tiny), "--prompt", "Once upon a time", "--max_gen_len", "9"])
-    work = infer_work(flags)
+    work = infer_work(flags, [])
     assert 9 < work.workload.seq_len < 26 and (work.tokens, work.workload.dtype, work.num_files) == (9, "fp32", 2)
 
 
@@ -384,6 +205,14 @@ def test_what_is_piped_in_is_not_read(tiny: Path) -> None:
     words = ("infer", "--ckpt_dir", tiny, "--gpus_per_node", "1", "--dry_run")
     done = run(sys.executable, program, *words, text="a prompt")
     assert done.code == 0 and "the job continues the built-in prompts" in done.stderr, done
+
+
+def submit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """The exit code of `launch/submit.py` in this process, and what it prints."""
+    monkeypatch.setattr(sys, "argv", ["launch/submit.py", *words])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "launch" / "submit.py"), run_name="__main__")
+    return left.value.code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -400,14 +229,40 @@ def test_what_is_piped_in_is_not_read(tiny: Path) -> None:
         (("status", "x"), "ID is 'x', but must be a number"),
     ],
 )
-def test_the_verb_comes_first(words: tuple[str, ...], said: str) -> None:
-    assert said in run(sys.executable, ROOT / "launch" / "submit.py", *words).refusal
+def test_the_verb_comes_first(
+    words: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed, errors = submit(monkeypatch, capsys, *words)
+    assert (code, printed) == (2, "") and errors.startswith(f"error: {said}") and errors.count("\n") == 1
 
 
-def test_help_is_the_verb_s() -> None:
-    program = ROOT / "launch" / "submit.py"
-    done = run(sys.executable, program, "infer", "--help")
-    assert done.stdout.startswith(f"usage: python {program} infer [--name value ...]")
-    assert {"--array", "--partition", "--prompts_file", "--temperature"} <= set(done.stdout.split())
-    assert "--array" not in run(sys.executable, program, "bench", "--help").stdout
-    assert "infer, bench or reshard" in run(sys.executable, program, "--help").stdout
+def test_help_is_the_verb_s(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, infer_help, _ = submit(monkeypatch, capsys, "infer", "--help")
+    assert infer_help.startswith(f"usage: python {ROOT}/launch/submit.py infer [--name value ...]")
+    assert {"--array", "--partition", "--prompts_file", "--temperature"} <= set(infer_help.split())
+    assert "--array" not in submit(monkeypatch, capsys, "bench", "--help")[1]
+    assert "infer, bench or reshard" in submit(monkeypatch, capsys, "--help")[1]
+
+
+def test_a_job_is_submitted_as_it_is_shown_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted, waited = [], []
+    monkeypatch.setattr(cluster, "submit", lambda text: submitted.append(text) or "12")
+    monkeypatch.setattr(report, "wait", waited.append)
+    words = ("bench", "--size", "7B", "--random_weights")
+    code, printed, said = submit(monkeypatch, capsys, *words)
+    assert (code, printed, waited) == (0, "12\n", []) and said.startswith("1 GPU: no card is named")
+    assert submit(monkeypatch, capsys, *words, "--wait")[:2] == (0, "12\n") and waited == ["12"]
+    shown = submit(monkeypatch, capsys, *words, "--dry_run")[1]
+    assert [submitted[0], submitted[1].replace(" --wait", "")] == [shown, shown]
+
+
+def test_what_there_is_to_be_told_of_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "status", lambda id, as_json: print("status", id, as_json))
+    for name in ("logs", "cancel"):
+        monkeypatch.setattr(report, name, lambda id, name=name: print(name, id))
+    assert submit(monkeypatch, capsys, "status", "12")[1] == "status 12 False\n"
+    assert submit(monkeypatch, capsys, "status", "12_3", "--json")[1] == "status 12_3 True\n"
+    assert submit(monkeypatch, capsys, "logs", "--id", "12")[1] == "logs 12\n"
+    assert submit(monkeypatch, capsys, "cancel", "12")[1] == "cancel 12\n"

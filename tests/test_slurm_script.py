@@ -126,7 +126,7 @@ def test_a_script_of_the_folder_is_what_its_second_line_prints(
     python, program, verb, *words = shlex.split(path.read_text().splitlines()[1].removeprefix("# "))
     assert python == "python" and "--dry_run" not in words
     flags = parse(JOBS[verb], [*words, "--dry_run"])
-    assert render(job_of(verb, flags, program)) == path.read_text()
+    assert render(job_of(verb, flags, program)[0]) == path.read_text()
     assert subprocess.run(["bash", "-n", path]).returncode == 0
 
 
@@ -222,6 +222,26 @@ def test_sbatch_reads_every_value_as_it_was_meant(slurm_cluster: Any, tmp_path: 
         shown = slurm_cluster.sh(f"scontrol show job {id}")
         slurm_cluster.sh(f"scancel {id}")
         assert re.search(r"^\s*Comment=(.*?) ?$", shown, re.MULTILINE)[1] == value
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("gpu_flag", ["gpus-per-node", "gres"])
+def test_a_job_asks_for_what_it_was_meant_to(gpu_flag: str, slurm_cluster: Any, tmp_path: Path) -> None:
+    wide = {"nodes": 2, "gpus_per_node": 3, "cpus_per_node": 4, "mem_mib": 1000, "time_s": 3000, "gpu_flag": gpu_flag}
+    (tmp_path / "parent").write_text(render(job(options=("--hold",))))
+    parent = slurm_cluster.sh(f"sbatch --parsable {tmp_path / 'parent'}").strip()
+    (tmp_path / "child").write_text(render(job(**wide, after=parent, partition="main", account="a", array=1)))
+    child = slurm_cluster.sh(f"sbatch --parsable {tmp_path / 'child'}").strip()
+    shown = slurm_cluster.sh(f"scontrol show job {child}")
+    script = slurm_cluster.sh(f"scontrol write batch_script {child} -")
+    slurm_cluster.sh(f"scancel {parent} {child}")
+    for said in (
+        *("NumNodes=2", "CPUs/Task=4", "MinMemoryNode=1000M", "TresPerNode=gres:gpu:3", "TimeLimit=00:50:00"),
+        *("Requeue=1", "KillOInInvalidDependent=Yes", f"Dependency=afterok:{parent}", "Partition=main", "Account=a"),
+        "ArrayTaskId=0",
+    ):
+        assert said in shown
+    assert script.strip() == (tmp_path / "child").read_text().strip()
 
 
 @pytest.mark.slurm

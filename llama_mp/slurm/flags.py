@@ -130,7 +130,7 @@ class VerbFlags(Flags):
 
 @dataclass(frozen=True, kw_only=True)
 class JobIdFlags(Flags):
-    """`submit.py status`, `logs` and `cancel`."""
+    """`submit.py logs` and `cancel`."""
 
     id: str = flag(REQUIRED, "the job's id, as submit.py printed it; 12_3 for a task of an array", positional=True)
 
@@ -138,3 +138,10 @@ class JobIdFlags(Flags):
         super().__post_init__()
         if not re.fullmatch(r"[0-9]+(_[0-9]+)?", self.id):
             raise RequestError(f"ID is {self.id!r}, but must be a number, or 12_3 for a task of an array")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusFlags(JobIdFlags):
+    """`submit.py status`."""
+
+    json: bool = flag(False, "print JSON: of each job, or task of an array, what SLURM and its output say")

@@ -11,7 +11,7 @@ from llama_mp.errors import RequestError, counted
 from llama_mp.flags import Flags, words_of
 from llama_mp.reshard_request import ReshardFlags
 from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, JobFlags, NodesConfig, ReshardJobFlags
-from llama_mp.slurm.resources import Request, Resources, reshard_resources
+from llama_mp.slurm.resources import Demand, Resources, reshard_resources
 from llama_mp.slurm.script import Job
 from llama_mp.slurm.site import Site, read_site
 from llama_mp.slurm.work import bench_work, infer_work, reshard_bytes
@@ -19,16 +19,17 @@ from llama_mp.slurm.work import bench_work, infer_work, reshard_bytes
 VERB_FLAGS = {InferJobFlags: InferFlags, BenchJobFlags: BenchFlags, ReshardJobFlags: ReshardFlags}
 
 
-def job_of(verb: str, flags: JobFlags, program: str) -> Job:
-    """The job that `program`, the path of submit.py as it was called, is asked for. Notes go to stderr.
+def job_of(verb: str, flags: JobFlags, program: str) -> tuple[Job, list[str]]:
+    """The job that `program`, the path of submit.py as it was called, is asked for, and what is to be said of it.
 
     Raises RequestError for all that `verb` would refuse before it starts, and for what cannot run as a job."""
     check_log_dir(flags.log_dir)
     site = read_site(flags.cluster)
-    model, resources = planned(flags, site)
+    notes: list[str] = []
+    model, resources = planned(flags, site, notes)
     python = str(Path(flags.python or site.python or sys.executable).expanduser())
-    own = own_flags(flags, resources)
-    return Job(
+    is_infer = isinstance(flags, InferJobFlags)
+    job = Job(
         source=(program, verb, *words_of(replace(flags, dry_run=False))),
         name=flags.job_name or "-".join([verb, *filter(None, [plain(model)])]),
         nodes=resources.nodes,
@@ -38,10 +39,10 @@ def job_of(verb: str, flags: JobFlags, program: str) -> Job:
         time_s=resources.time_s,
         log_dir=flags.log_dir,
         python=python,
-        verb=(str(Path(program).with_name(f"{verb}.py")), *words_of(own)),
-        output=flags.output if isinstance(flags, InferJobFlags) else None,
+        verb=(str(Path(program).with_name(f"{verb}.py")), *words_of(own_flags(flags, resources))),
+        output=flags.output if is_infer else None,
         max_restarts=flags.max_restarts,
-        array=getattr(flags, "array", None),
+        array=flags.array if is_infer else None,
         after=flags.after,
         partition=flags.partition or site.partition,
         account=flags.account or site.account,
@@ -50,22 +51,22 @@ def job_of(verb: str, flags: JobFlags, program: str) -> Job:
         interface=site.interface,
         setup=site.setup,
     )
+    return job, notes
 
 
-def planned(flags: JobFlags, site: Site) -> tuple[str, Resources]:
+def planned(flags: JobFlags, site: Site, notes: list[str]) -> tuple[str, Resources]:
     """The name of the model, empty where it is not known yet, and what the job needs."""
     if isinstance(flags, ReshardJobFlags):
         may_be_absent = flags.dry_run or flags.after is not None
         model, num_bytes = reshard_bytes(own_flags(flags), may_be_absent=may_be_absent) or ("", None)
         return model, reshard_resources(flags, site, num_bytes)
-    work = infer_work(flags) if isinstance(flags, InferJobFlags) else bench_work(flags)
-    request = Request(flags=flags, site=site, work=work)
-    resources = request.resources()
-    if request.card is None and not request.on_cpu:
+    work = infer_work(flags, notes) if isinstance(flags, InferJobFlags) else bench_work(flags, notes)
+    demand = Demand(flags=flags, site=site, work=work)
+    resources = demand.resources()
+    if demand.card is None and not demand.on_cpu:
         gpus = counted(resources.nodes * resources.gpus_per_node, "GPU")
-        print(
-            f"{gpus}: no card is named, by --gpu, --vram_gib or the site file, so nothing says whether that fits",
-            file=sys.stderr,
+        notes.append(
+            f"{gpus}: no card is named, by --gpu, --vram_gib or the site file, so nothing says whether that fits"
         )
     return work.config.name if work else "", resources
 

@@ -39,7 +39,7 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Demand:
     """The flags of a job that runs a model, the site, and the work, where it is known."""
 
     flags: NodesConfig
@@ -72,7 +72,7 @@ class Request:
             ranks_per_node=ranks,
             gpus_per_node=0 if self.on_cpu else ranks,
             cpus_per_node=cpus(flags, self.site, ranks),
-            mem_mib=memory(flags, self.site, self.host_bytes(nodes, ranks), is_exact=self.on_cpu),
+            mem_mib=memory(flags, self.site, self.host_bytes(nodes, ranks), is_exact=self.on_cpu and not flags.force),
             time_s=flags.time_s or self.seconds(nodes * ranks),
         )
 
@@ -237,7 +237,7 @@ def memory(flags: ClusterConfig, site: Site, needed_bytes: int | None, *, is_exa
             f"{wanted * MIB / GIB:.1f} GiB of main memory for a node, and it has {there:g} (site file): "
             "give more --nodes, or less --mem_gib"
         )
-    if is_exact and needed_bytes is not None and wanted * MIB < needed_bytes and not getattr(flags, "force", False):
+    if is_exact and needed_bytes is not None and wanted * MIB < needed_bytes:
         raise RequestError(
             f"--mem_gib {flags.mem_gib:g}, but the ranks of a node need {needed_bytes / GIB:.2f} GiB of main memory: "
             f"give --mem_gib {planned / 1024:.1f}, or --force to try"

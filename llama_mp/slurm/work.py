@@ -1,13 +1,12 @@
 """What a job will have to do, as far as that can be told before it runs; and all that its verb would refuse."""
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama_mp.answer import Codec
-from llama_mp.batch import answers_to, one_prompt, read_prompts
+from llama_mp.batch import answers_to, identity, one_prompt, read_prompts
 from llama_mp.bench import find_model
 from llama_mp.config import ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
@@ -15,8 +14,10 @@ from llama_mp.headers import whole_config
 from llama_mp.locate import Checkpoint, check_context, locate, locate_weights, path_of_size
 from llama_mp.memory import Workload, checkpoint_bytes
 from llama_mp.output import check_place
+from llama_mp.parts import Parts, size_bytes
 from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt
 from llama_mp.reshard_request import ReshardFlags, check_output, check_request, is_finished
+from llama_mp.run_file import as_read_back, check_same_run
 from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, NodesConfig
 
 BENCH_RUNS = 4  # one warms up
@@ -48,12 +49,13 @@ Located = tuple[ModelConfig, Checkpoint | None]  # None: its files are not here,
 # ---- infer ---------------------------------------------------------------------------------------------------------
 
 
-def infer_work(flags: InferJobFlags) -> Work | None:
-    """None where nothing can be known of the checkpoint yet. Raises RequestError as infer would."""
+def infer_work(flags: InferJobFlags, notes: list[str]) -> Work | None:
+    """None where nothing can be known of the checkpoint yet. Raises RequestError as infer would; what is to be said
+    besides goes to `notes`."""
     if flags.output is not None:
         check_place(flags.output)
-    prompts = prompts_of(flags)
-    located = find(flags, locate)
+    prompts = prompts_of(flags, notes)
+    located = find(flags, locate, notes)
     if located is None:
         return None
     config, checkpoint = located
@@ -70,19 +72,32 @@ def infer_work(flags: InferJobFlags) -> Work | None:
     )
 
 
-def prompts_of(flags: InferJobFlags) -> list[Prompt]:
+def prompts_of(flags: InferJobFlags, notes: list[str]) -> list[Prompt]:
     """The prompts of the job: what is piped into this command does not reach it."""
     if not flags.reads_standard_input:
         return read_prompts(flags)[0]
-    print("neither --prompt nor --prompts_file is given: the job continues the built-in prompts", file=sys.stderr)
+    notes.append("neither --prompt nor --prompts_file is given: the job continues the built-in prompts")
     return [one_prompt(str(i), text, flags.chat, flags) for i, text in enumerate(BUILT_IN_PROMPTS)]
 
 
 def rows_of(flags: InferJobFlags, checkpoint: Checkpoint, prompts: list[Prompt]) -> list[Row]:
     """Those that can be served."""
-    answers = answers_to(prompts, Codec(checkpoint, flags.chat_format), flags)
+    codec = Codec(checkpoint, flags.chat_format)
+    answers = answers_to(prompts, codec, flags)
+    if flags.output is not None:
+        check_output_file(flags, as_read_back(identity(flags, checkpoint, codec, prompts)))
     requests = [answer.request for answer in answers if not answer.is_finished]
     return [Row(len(request.prompt), request.sampling.max_gen_len) for request in requests]
+
+
+def check_output_file(flags: InferJobFlags, fingerprint: Mapping[str, Any]) -> None:
+    """Raise RequestError where --output holds another run's lines, or a job writes it that this one does not await."""
+    parts = Parts(flags.output)
+    if flags.after is None:
+        parts.refuse_others(None)
+    in_parts = parts.hold_lines()
+    if in_parts or size_bytes(flags.output):
+        check_same_run(flags.output, fingerprint, [parts.folder] if in_parts else [])
 
 
 def most_tokens(prompt: Prompt) -> Row:
@@ -95,8 +110,9 @@ def most_tokens(prompt: Prompt) -> Row:
 # ---- bench and reshard ---------------------------------------------------------------------------------------------
 
 
-def bench_work(flags: BenchJobFlags) -> Work | None:
-    located = find(flags, find_model if flags.random_weights else locate_weights)
+def bench_work(flags: BenchJobFlags, notes: list[str]) -> Work | None:
+    checkpoint = find_model(flags) if flags.random_weights else None
+    located = (checkpoint.config, checkpoint) if checkpoint else find(flags, locate_weights, notes)
     if located is None:
         return None
     run = flags.completed(located[0])
@@ -121,16 +137,16 @@ def reshard_bytes(flags: ReshardFlags, *, may_be_absent: bool) -> tuple[str, int
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def find(flags: NodesConfig, locate: Callable[[RunConfig], Checkpoint]) -> Located | None:
+def find(flags: NodesConfig, locate: Callable[[RunConfig], Checkpoint], notes: list[str]) -> Located | None:
     """The model, and where its files lie. Raises RequestError where they do not, unless another job is to write them
     first, or the script is only to be seen."""
     if flags.after is not None and flags.ckpt_dir is not None and not flags.ckpt_dir.exists():
         return shape_alone(flags) if flags.size else None
-    if flags.dry_run and flags.size and flags.ckpt_dir is None and not getattr(flags, "random_weights", False):
+    if flags.dry_run and flags.size and flags.ckpt_dir is None:
         try:
             path_of_size(load_size(flags.size))
         except RequestError as absent:
-            print(f"{absent}; planned from the size alone", file=sys.stderr)
+            notes.append(f"{absent}; planned from the size alone")
             return shape_alone(flags)
     checkpoint = locate(flags)
     return whole_config(checkpoint), checkpoint
