@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llama_mp.errors import RequestError
 
-OVER = (
+OVER = {
     "BOOT_FAIL",
     "CANCELLED",
     "COMPLETED",
@@ -24,7 +24,7 @@ OVER = (
     "OUT_OF_MEMORY",
     "PREEMPTED",
     "TIMEOUT",
-)
+}
 # Why a waiting job would wait for ever, where a site lets such a job in (EnforcePartLimits=NO). PartitionConfig is what
 # a job above the partition's limits shows at first; a partition or nodes that are down, or reserved, show something
 # else and may come back.
@@ -38,6 +38,7 @@ CONFUSED = "Unable to contact|Could not establish|communication|[Tt]imed out|Zer
 # For what sbatch says, or the reason of a job that would never start: which flag of ours is meant.
 REMEDIES = {
     CONFUSED: "run it on a node of the cluster, a login node for one, and see whether `scontrol ping` answers",
+    "policy": "a limit of yours stands against it: `sacctmgr show assoc user=$USER` and `sacctmgr show qos` list them",
     "time ?limit|WallDuration": "lower --time, or give a --partition that allows it: `sinfo -o '%P %l'` shows limits",
     "partition name|partition specified|partition not": "give one of these as --partition: {partitions}",
     "[Aa]ccount|QOS": "give an --account that you may use there; `sacctmgr show user $USER withassoc` lists yours",
@@ -120,8 +121,8 @@ def check_can_start(id: str) -> None:
     while time.monotonic() < end and all(job.state == "PENDING" and not job.reason for job in jobs):
         try:
             jobs = jobs_of(id)
-        except Unreachable:
-            return  # it was taken, and is not lost for that
+        except RequestError:
+            return  # it was taken, and its id is not lost for want of an answer now
         time.sleep(0.1)
     for job in jobs:
         if job.never_starts:
