@@ -11,8 +11,8 @@ from torch.distributed import HashStore
 
 from llama_mp.ceiling import make_block, together
 from llama_mp.cores import cores_at_hand
-from llama_mp.parallel import World
 from llama_mp.records import cpu_name, today
+from llama_mp.world import World
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,9 +27,10 @@ from llama_mp.layout import Span, fuse, shards
 from llama_mp.machine import PeakMemory
 from llama_mp.memory import RankMemory, Workload, rank_memory
 from llama_mp.model import build, fill
-from llama_mp.parallel import World, connect
+from llama_mp.parallel import connect
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
+from llama_mp.world import World
 
 GENERATED = 4  # tokens after each prompt
 # size, layers, dtype, MP, batch, length

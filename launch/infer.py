@@ -10,7 +10,7 @@ import os
 
 from llama_mp import cli
 from llama_mp.batch import Batch, InferFlags
-from llama_mp.launcher import check_ranks, launch, must_launch
+from llama_mp.launcher import check_ranks, is_alone, launch, must_launch
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.memory import check_layout
 
@@ -20,7 +20,7 @@ def main(flags: InferFlags) -> int:
     checkpoint = locate(flags)
     check_layout(checkpoint.config, ranks, flags.quant)
     if must_launch(ranks):
-        if not flags.reads_standard_input:
+        if is_alone() and not flags.reads_standard_input:
             with Batch.open(flags, checkpoint) as batch:  # refuse, or find nothing to do, before any rank starts
                 if not batch.has_work:
                     return show_finished(batch)

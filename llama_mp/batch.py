@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,14 +12,17 @@ from typing import Any
 from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, prompt_text
+from llama_mp.attempt import Attempt
+from llama_mp.attempt_output import AttemptOutput
 from llama_mp.config import RunConfig, SamplingConfig
 from llama_mp.errors import RequestError
 from llama_mp.files import sample_digest
 from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
-from llama_mp.output import Output, fingerprint
+from llama_mp.output import Output
 from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt, read_prompts_file, read_standard_input
 from llama_mp.records import RecordConfig
+from llama_mp.run_file import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class InferFlags(RunConfig, SamplingConfig, RecordConfig):
     prompts_file: Path | None = flag(None, "prompts: .txt, one a line, or .jsonl with id, prompt or messages, any flag")
     chat: bool = flag(False, "apply the model's chat template to --prompt or to standard input")
     output: Path | None = flag(None, "write one JSON object per prompt to this .jsonl file; a rerun continues it")
-    mp: int | None = flag(None, "start this many ranks on this machine; default: torchrun's, or 1")
+    mp: int | None = flag(None, "start this many ranks; default: torchrun's, or 1, or in a job as planned")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,10 +55,10 @@ class Batch:
     """What an infer run has to answer: `answers` is without what an earlier run has finished."""
 
     answers: list[Answer]
-    num_prompts: int
+    num_prompts: int  # of a task of an array those of its share
     num_blank: int  # lines of the prompts file that were left out
     codec: Codec
-    output: Output | None
+    output: Output | AttemptOutput | None
 
     @classmethod
     @contextmanager
@@ -63,9 +66,11 @@ class Batch:
         """The batch of a request, its output locked while open. Raises RequestError before anything is changed."""
         codec = Codec(checkpoint, flags.chat_format)
         prompts, num_blank = read_prompts(flags)
+        attempt = Attempt.of_environment()
+        own = attempt.share_of(prompts) if attempt else prompts
         batch = cls(
-            answers=answers_to(prompts, codec, flags),
-            num_prompts=len(prompts),
+            answers=answers_to(own, codec, flags),
+            num_prompts=len(own),
             num_blank=num_blank,
             codec=codec,
             output=None,
@@ -73,7 +78,7 @@ class Batch:
         if flags.output is None:
             yield batch
             return
-        with Output(flags.output, identity(flags, checkpoint, codec, prompts)) as output:
+        with open_output(flags.output, identity(flags, checkpoint, codec, prompts), prompts, attempt) as output:
             left = [answer for answer in batch.answers if answer.request.id not in output.done]
             yield replace(batch, answers=left, output=output)
 
@@ -131,10 +136,18 @@ def one_prompt(id: str, text: str, chat: bool, sampling: SamplingConfig) -> Prom
     return Prompt(id=id, text=text, sampling=sampling)
 
 
-def answers_to(prompts: list[Prompt], codec: Codec, flags: InferFlags) -> list[Answer]:
+def open_output(
+    path: Path, fingerprint: dict[str, Any], prompts: Sequence[Prompt], attempt: Attempt | None
+) -> Output | AttemptOutput:
+    if attempt is None:
+        return Output(path, fingerprint)
+    return AttemptOutput(path, fingerprint, [prompt.id for prompt in prompts], attempt)
+
+
+def answers_to(prompts: Sequence[Prompt], codec: Codec, flags: InferFlags) -> list[Answer]:
     """An answer for each prompt. In a file, one that cannot be served has an error; alone, it is the request's."""
     answers = [codec.answer(prompt, flags.max_seq_len) for prompt in prompts]
-    if flags.prompts_file is None and answers[0].error:
+    if flags.prompts_file is None and answers and answers[0].error:  # a share may be empty
         raise RequestError(answers[0].error)
     return answers
 

@@ -20,7 +20,7 @@ class BenchFlags(RunConfig, RecordConfig):
     max_batch_size: int | None = flag(None, "rows computed at once; default: --batch_size")
     random_weights: bool = flag(False, "make weights for the shape of --size; no checkpoint is needed")
     json: Path | None = flag(None, "write the last line, the results in JSON, to this file too")
-    mp: int | None = flag(None, "start this many ranks on this machine; default: torchrun's, or 1")
+    mp: int | None = flag(None, "start this many ranks; default: torchrun's, or 1, or in a job as planned")
 
     def __post_init__(self) -> None:
         super().__post_init__()

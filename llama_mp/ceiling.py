@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_mp.kernels import linear_of_few, load_kernels
-from llama_mp.parallel import World
+from llama_mp.world import World
 
 CPU_BYTES, GPU_BYTES = 2**30, 2**31  # of all ranks on a CPU, of each GPU: more than any cache holds
 LEAST_BYTES = 2**26  # of one rank

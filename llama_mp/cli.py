@@ -274,12 +274,17 @@ def default_note(default: Any) -> str:
 
 
 def main(
-    flags_class: type[Flags], verb: Callable[[Flags], int | None], *, argv: Sequence[str] | None = None, summary: str
+    flags_class: type[Flags],
+    verb: Callable[[Flags], int | None],
+    *,
+    argv: Sequence[str] | None = None,
+    program: str | None = None,
+    summary: str,
 ) -> NoReturn:
     """Run `verb` on the flags of `argv` (default: the process's own) and exit with its code, or the error's.
 
-    Of several ranks only the one that may speak prints the help or an error. `summary`, a launch file's
-    docstring, heads the help.
+    Of several ranks only the one that may speak prints the help or an error. `program` (default: the process's own)
+    and `summary`, a launch file's docstring, head the help.
     """
     tokens = sys.argv[1:] if argv is None else argv
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller, as in >&-
@@ -289,7 +294,7 @@ def main(
         if {"-h", "--help"}.isdisjoint(tokens):
             code = verb(parse(flags_class, tokens)) or DONE
         elif rank_zero_speaks():
-            print(usage(flags_class, f"python {sys.argv[0]}", summary))
+            print(usage(flags_class, f"python {program or sys.argv[0]}", summary))
         print(end="", flush=True)  # what cannot be written is a failure like any other
     except SystemExit as left:
         code = left.code

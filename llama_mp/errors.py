@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 SPEAK_GRACE_S = 5.0
 OUT_OF_MEMORY = "not enough memory"
+NODES = "LLAMA_MP_NODES"  # in the environment of a job's step: its nodes in order, with commas
 LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started
 
 
@@ -54,8 +55,10 @@ def one_line(error: BaseException) -> str:
 
 
 def rank_zero_speaks() -> bool:
-    """Before the ranks know each other: torchrun's rank 0, or a process without ranks, is the one to speak."""
-    return os.environ.get("RANK", "0") == "0"
+    """Before the ranks know each other: torchrun's rank 0, or a process without ranks, is the one to speak; of those on
+    several nodes of a job, the first."""
+    node = os.environ.get("SLURM_NODEID", "0") if NODES in os.environ else "0"
+    return os.environ.get("RANK", node) == "0"
 
 
 _may_speak = rank_zero_speaks
@@ -67,6 +70,14 @@ def set_speaker(may_speak: Callable[[], bool]) -> None:
     _may_speak = may_speak
 
 
+def this_process() -> str:
+    """`"rank 3"`; in a job's step `"rank 3 on n2"`, or `"node n2"` for what starts the ranks there."""
+    node = os.environ.get("SLURMD_NODENAME") if NODES in os.environ else None
+    if "RANK" not in os.environ:
+        return f"node {node}"
+    return f"rank {os.environ['RANK']}" + (f" on {node}" if node else "")
+
+
 def report(error: BaseException) -> int:
     """Print `error: ...` on stderr if this rank is the one to speak, and return the exit code.
 
@@ -74,17 +85,27 @@ def report(error: BaseException) -> int:
     not ended by then was alone with its error, and says it. A rank that only lost another waits too where our launcher
     knows the cause and is about to say it."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        return exit_code(error)
     if os.environ.get("LLAMA_MP_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, LostContact) and LAUNCHED in os.environ:
         time.sleep(SPEAK_GRACE_S)
     text = one_line(error)
-    if not _may_speak():
+    is_first = _may_speak()
+    if not is_first:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(SPEAK_GRACE_S)
-        text = f"rank {os.environ.get('RANK')}: {text}"
+    is_own = NODES in os.environ and "RANK" in os.environ and not isinstance(error, RequestError)
+    if is_own or not is_first:
+        text = f"{this_process()}: {text}"
     print(f"error: {text}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that `error` ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
     wrong_path = isinstance(error, OSError) and error.filename is not None
     return getattr(error, "exit_code", BAD_REQUEST if wrong_path else RUN_FAILED)
 

@@ -5,6 +5,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from llama_mp.errors import RequestError
 
 DIGEST_SAMPLES, DIGEST_BLOCK_BYTES = 16, 65536
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # the last: Lustre mounted without them
 
 
 def lock(file: int, path: Path) -> None:
@@ -23,21 +26,37 @@ def lock(file: int, path: Path) -> None:
     except BlockingIOError as error:
         raise RequestError(f"another run is writing {path}; wait for its end, or give another --output") from error
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+        if error.errno not in NO_LOCKS:
             raise
         raise RequestError(f"--output {path}: this file system has no locks; give a path on another one") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Let `path` hold `content`: it is, at any moment, as it was or complete. One writer at a time."""
-    temporary = path.with_name(path.name + ".tmp")
+def is_locked(path: Path) -> bool:
+    """Whether the file at `path` is there and held by `lock`; False where the file system has no locks."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that only look do not see each other
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in (*NO_LOCKS, errno.ENOENT):
+            raise
+    return False
+
+
+def write_whole(path: Path, content: bytes | Iterable[bytes], folder: Path | None = None) -> None:
+    """Let `path` hold `content`: it is, at any moment, as it was or complete; of several writers the last one's.
+
+    The bytes are first in a file of their own in `folder`, which a kill may leave there; default: beside `path`."""
+    # A name that no other process has, on this host or on another one.
+    temporary = (folder or path.parent) / f"{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)  # a full disk lets a file begin, and takes none of its bytes
         raise
     sync(path.parent)

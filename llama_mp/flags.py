@@ -1,6 +1,6 @@
 """Flags classes: frozen dataclasses whose fields are flags of a command, fields of a JSON line, or keywords."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,6 +23,28 @@ class Flags:
 
     def __post_init__(self) -> None:
         pass
+
+
+def texts_given(flags: Flags) -> Iterator[tuple[str, str | None]]:
+    """The name and the text of each flag that differs from its default, one that repeats as often as it was given;
+    None for a switch that is on."""
+    for f in fields(flags):
+        value = getattr(flags, f.name)
+        if value != f.default:
+            for one in value if isinstance(value, tuple) else (value,):
+                yield f.name, None if one is True else str(one)
+
+
+def words_of(flags: Flags) -> list[str]:
+    """The words of a command line that makes these flags again."""
+    return [word for name, text in texts_given(flags) for word in flag_words(name, text)]
+
+
+def flag_words(name: str, text: str | None) -> list[str]:
+    """A flag and its value; one that looks like a flag itself must stand in the same word."""
+    if text is None:
+        return [f"--{name}"]
+    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
 
 
 def check_at_least(flags: Any, **least: float) -> None:

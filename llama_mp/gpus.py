@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llama_mp.errors import RequestError
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 GB = 10**9
 # Of what nvidia-smi shows as memory.total the driver keeps this share or a little less: torch finds 24217 of 24564 MiB
 # on an RTX 4090.
@@ -200,6 +200,13 @@ def find_gpu(name: str) -> Gpu:
         f"--gpu {name} is not known; {'nearest' if near else 'known'}: {', '.join(names)}; "
         "or give its memory with --vram_gib"
     )
+
+
+def card_of(name: str | None, vram_gib: float | None) -> Gpu | None:
+    """The card that is named, or any other by its memory; None where neither is given."""
+    if vram_gib is not None:
+        return Gpu(f"a card of {vram_gib:g} GiB", int(vram_gib * GIB), None, True, "--vram_gib")
+    return None if name is None else find_gpu(name)
 
 
 def gpu_of_this_machine() -> Gpu | None:

@@ -1,31 +1,62 @@
-"""Start a verb on N ranks of this machine: torchrun, in this process, with its noise left out and its codes kept."""
+"""Start a verb on N ranks of this machine, or on this node's share of N: torchrun, in this process, with its noise left
+out and its codes kept."""
 
+import ctypes
 import logging
 import os
 import signal
 import sys
 
-from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError
+from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError, set_speaker
+from llama_mp.slurm.roll_call import Step, call_roll
 
 KILLED_BY = {
     "SIGKILL": ": the machine ran out of memory, or somebody ended it; see the kernel's log, or start fewer ranks",
     "SIGABRT": ": a library gave up, NCCL for one when another rank is gone or silent for longer than --step_timeout",
 }
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def check_ranks(mp: int | None) -> int:
-    """The number of ranks of this run: torchrun's, else --mp, else 1. Raises RequestError when the two differ."""
+    """The number of ranks of this run: torchrun's, else --mp, else 1. Raises RequestError when the two differ, or when
+    a job's nodes and GPUs are not as many."""
     world_size = os.environ.get("WORLD_SIZE")
     if mp is not None and mp < 1:
         raise RequestError(f"--mp is {mp}, but must be at least 1")
     if world_size is not None and mp is not None and int(world_size) != mp:
         raise RequestError(f"--mp {mp}, but torchrun started {world_size} ranks: drop --mp")
+    step = Step.of_environment()
+    if world_size is None and step:
+        step.share_of(mp or 1)
+    if world_size is not None:
+        end_with_parent()
     return int(world_size or mp or 1)
 
 
 def must_launch(ranks: int) -> bool:
     """Whether this process is to start `ranks` ranks, rather than being one of them."""
     return ranks > 1 and "WORLD_SIZE" not in os.environ
+
+
+def is_alone() -> bool:
+    """Whether this process starts, or is, the whole run, and not one node's part of a job."""
+    step = Step.of_environment()
+    return step is None or len(step.nodes) == 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this rank when torchrun ends, however that happens: no rank is left behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def rendezvous(ranks: int) -> list[str]:
+    """torchrun's flags for this node's share of `ranks`: alone on a free port, or with the other nodes of a job."""
+    step = Step.of_environment()
+    if step is None or len(step.nodes) == 1:
+        return ["--standalone", f"--nproc_per_node={ranks}"]
+    share, port = step.share_of(ranks), call_roll(step, ranks)
+    place = [f"--nnodes={len(step.nodes)}", f"--node_rank={step.index}", f"--nproc_per_node={share}"]
+    return [*place, f"--master_addr={step.address}", f"--master_port={port}"]
 
 
 def launch(ranks: int) -> int:
@@ -39,7 +70,7 @@ def launch(ranks: int) -> int:
     os.environ[LAUNCHED] = "1"
     logging.disable()  # all of it: torch's loggers have levels of their own, and this process does nothing else
     arguments = [argument.replace("$", "$$") for argument in sys.argv]  # torchrun reads them as string.Template
-    command = ["--standalone", f"--nproc_per_node={ranks}", *arguments]
+    command = [*rendezvous(ranks), *arguments]
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError as error:
@@ -53,6 +84,8 @@ def code_of(error: "ChildFailedError") -> int:  # noqa: F821  torch is imported 
     """The exit code of the rank that failed first. Raises RunError when a signal killed it: it could not say so."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        raise RunError(f"rank {rank} was killed by {name}{KILLED_BY.get(name, '; see the output above, if any')}")
+        name, step = signal.Signals(-failure.exitcode).name, Step.of_environment()
+        place = f"rank {rank} on {step.name}" if step else f"rank {rank}"
+        set_speaker(lambda: True)  # of all nodes only this one knows
+        raise RunError(f"{place} was killed by {name}{KILLED_BY.get(name, '; see the output above, if any')}")
     return failure.exitcode if failure.exitcode in (BAD_REQUEST, INTERRUPTED) else RUN_FAILED

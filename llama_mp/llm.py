@@ -29,11 +29,12 @@ from llama_mp.machine import PeakMemory, choose_dtype, free_room
 from llama_mp.memory import RankMemory, check_layout, padding_share, run_time_shards
 from llama_mp.model import Transformer, build, fill
 from llama_mp.offload import Store, block_of, fill_streamed, open_store, weight_bytes_of
-from llama_mp.parallel import World, connect
+from llama_mp.parallel import connect
 from llama_mp.prompts import Messages, as_prompt
 from llama_mp.quantizer import Quantizer
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
+from llama_mp.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from llama_mp.files import json_bytes, write_whole
 from llama_mp.llm import LLM
 from llama_mp.locate import Checkpoint
 from llama_mp.memory import kv_cache_bytes
-from llama_mp.parallel import World, connect
+from llama_mp.parallel import connect
 from llama_mp.records import RecordConfig
 from llama_mp.request import Request
+from llama_mp.world import World
 
 REPETITIONS = 3
 WARM_UP_TOKENS = 8

@@ -16,8 +16,8 @@ from llama_mp.errors import RequestError
 from llama_mp.memory import Workload, num_streamed, parameters
 from llama_mp.model import Transformer, fill
 from llama_mp.packed import BlockFile, identity
-from llama_mp.parallel import World
 from llama_mp.stream import Carrier, CudaCarrier, CudaDiskCarrier, HostCarrier, Packing, Streamed, host_buffer, spread
+from llama_mp.world import World
 
 Parameters = Mapping[str, torch.Tensor]
 

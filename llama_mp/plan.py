@@ -9,7 +9,7 @@ from llama_mp.advice import Device, Option, advice, fits, max_batch_size, with_s
 from llama_mp.config import ModelConfig, load_size, size_names
 from llama_mp.errors import RequestError
 from llama_mp.flags import Flags, check_at_least, flag
-from llama_mp.gpus import Gpu, find_gpu, gpu_of_this_machine
+from llama_mp.gpus import Gpu, card_of, find_gpu, gpu_of_this_machine
 from llama_mp.layout import heads_per_rank
 from llama_mp.memory import (
     RankMemory,
@@ -21,7 +21,6 @@ from llama_mp.memory import (
     rank_memory,
 )
 
-GIB = 2**30
 TABLE_DEGREES = (1, 2, 4, 8)
 PUBLISHED = "fp16"  # what checkpoints are published in has 2 bytes a weight, whatever computes
 
@@ -64,9 +63,7 @@ class PlanFlags(Flags):
 
     def find_card(self) -> Gpu | None:
         """The card to plan for: as asked, else this machine's, if it has one."""
-        if self.vram_gib is not None:
-            return Gpu(f"a card of {self.vram_gib:g} GiB", int(self.vram_gib * GIB), None, True, "--vram_gib")
-        return find_gpu(self.gpu) if self.gpu else gpu_of_this_machine()
+        return card_of(self.gpu, self.vram_gib) or gpu_of_this_machine()
 
 
 @dataclass(frozen=True, kw_only=True)

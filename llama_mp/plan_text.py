@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from llama_mp.advice import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, rate, tokens_per_s
 from llama_mp.errors import counted
-from llama_mp.gpus import RESERVED
+from llama_mp.gpus import GIB, RESERVED
 from llama_mp.layout import padded_sizes
 from llama_mp.memory import hidden_unit
-from llama_mp.plan import GIB, Plan
+from llama_mp.plan import Plan
 
 GB = 1e9
 WIDTH = 100  # columns of a sentence

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_mp.attempt import Attempt
 from llama_mp.config import SamplingConfig
 from llama_mp.errors import RequestError
 
@@ -90,10 +91,10 @@ def read_prompts_file(path: Path, sampling: SamplingConfig) -> tuple[list[Prompt
 def read_standard_input() -> str | None:
     """All of standard input as one prompt, less its final newline, when it is a pipe, a socket or a file.
 
-    None when it is a terminal, /dev/null or closed. Reads until the writer closes its end.
-    Raises RequestError when there is nothing in it but space, or when it is not UTF-8.
+    None when it is a terminal, /dev/null or closed, and in a job, where it is nobody's. Reads until the writer closes
+    its end. Raises RequestError when there is nothing in it but space, or when it is not UTF-8.
     """
-    if sys.stdin is None:
+    if sys.stdin is None or Attempt.of_environment():
         return None
     mode = os.fstat(sys.stdin.fileno()).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISREG(mode)):

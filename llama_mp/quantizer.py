@@ -12,8 +12,8 @@ from llama_mp.errors import LostContact
 from llama_mp.layout import Shard, split_of
 from llama_mp.machine import return_holes
 from llama_mp.memory import is_quantized
-from llama_mp.parallel import World
 from llama_mp.quant import largest_of_rows, largest_weight, pack
+from llama_mp.world import World
 
 
 class Quantizer:

@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from llama_mp.cores import cores_at_hand
 from llama_mp.errors import LAUNCHED, RequestError
 from llama_mp.files import json_bytes, write_whole
-from llama_mp.flags import Flags, flag
+from llama_mp.flags import Flags, flag, texts_given
 
 RUNS = Path("docs/runs")
 PRIVATE_TEXTS = ("prompt", "system", "stop")  # flags whose values are somebody's words
@@ -124,13 +124,12 @@ def command_of(flags: Flags, ranks: int) -> str:
     script = f"launch/{Path(sys.argv[0]).name}"
     by_itself = ranks == 1 or LAUNCHED in os.environ
     words = ["python", script] if by_itself else ["torchrun", f"--nproc_per_node={ranks}", script]
-    for f in fields(flags):
-        value = getattr(flags, f.name)
-        if value == f.default or f.name in ("record", "json", "output") or (f.name == "mp" and not by_itself):
+    for name, text in texts_given(flags):
+        if name in ("record", "json", "output") or (name == "mp" and not by_itself):
             continue
-        words.append(f"--{f.name}")
-        if value is not True:
-            words.append("..." if f.name in PRIVATE_TEXTS else quoted(without_names(str(value))))
+        words.append(f"--{name}")
+        if text is not None:
+            words.append("..." if name in PRIVATE_TEXTS else quoted(without_names(text)))
     return " ".join(words)
 
 

@@ -46,7 +46,14 @@ def check_request(flags: ReshardFlags) -> Checkpoint:
     checkpoint = checkpoint_at(flags.input)
     if flags.format == "meta":
         check_degree(checkpoint.config, flags.mp)
-    output, real = flags.output, Path(os.path.realpath(flags.output))
+    check_output(flags.output)
+    check_apart(checkpoint, flags.output)
+    return checkpoint
+
+
+def check_output(output: Path) -> None:
+    """Raise RequestError where no folder can be written."""
+    real = Path(os.path.realpath(output))
     if os.path.lexists(real) and not output.is_dir():
         raise RequestError(f"--output {output} is a file; give a folder that is not there yet")
     if os.path.ismount(output):
@@ -55,8 +62,6 @@ def check_request(flags: ReshardFlags) -> Checkpoint:
         raise RequestError(
             f"--output {output}: there is no folder {real.parent}; make it: mkdir -p {shlex.quote(str(real.parent))}"
         )
-    check_apart(checkpoint, output)
-    return checkpoint
 
 
 def check_apart(checkpoint: Checkpoint, output: Path) -> None:

@@ -13,8 +13,9 @@ from llama_mp.cache import KVCache
 from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.model import Step, Transformer
-from llama_mp.parallel import World, gather_columns
+from llama_mp.parallel import gather_columns
 from llama_mp.rope import rotation_table
+from llama_mp.world import World
 
 
 class Runner:

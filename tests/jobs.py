@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llama_mp import parallel
+from llama_mp import world as world_module
 from llama_mp.checkpoint.meta import MetaSource
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
@@ -22,9 +22,10 @@ from llama_mp.llm import LLM
 from llama_mp.locate import locate, random_checkpoint
 from llama_mp.model import build
 from llama_mp.offload import weight_bytes_of
-from llama_mp.parallel import World, connect, reduce
+from llama_mp.parallel import connect, reduce
 from llama_mp.request import Request
 from llama_mp.runner import Leader, follow
+from llama_mp.world import World
 
 
 @dataclass
@@ -240,7 +241,7 @@ def silent_rank(step_timeout: float, silence: float) -> str:
 
 def patient(patience: float, pause: float, heart_stops: bool) -> str:
     """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating, fast, or not."""
-    with patch.object(parallel, "HEARTBEAT_S", 0.2):
+    with patch.object(world_module, "HEARTBEAT_S", 0.2):
         world = connect(RunConfig(device="cpu"))
         world.patience_s = patience
         try:

@@ -5,22 +5,18 @@ Arguments: the input, an empty folder, the number of kills. Prints a JSON object
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from kills import in_child, kill_at, with_changes_counted
 
 from llama_mp.checkpoint.reshard import Job
 from llama_mp.partial import JOURNAL
 from llama_mp.reshard_request import ReshardFlags, check_request, is_finished
-
-# All by which a run changes what is on disk.
-CHANGES = ("pwrite", "write", "rename", "replace", "fsync", "ftruncate", "mkdir", "unlink")
 
 
 def reshard(source: Path, output: Path, overwrite: bool) -> int:
@@ -28,47 +24,6 @@ def reshard(source: Path, output: Path, overwrite: bool) -> int:
     flags = ReshardFlags(input=source, output=output, mp=3, overwrite=overwrite)
     checkpoint = check_request(flags)
     return -1 if is_finished(flags, checkpoint) else Job.open(flags, checkpoint).run()
-
-
-def in_child(work: Callable[[], int]) -> tuple[int, int]:
-    """(exit code or minus the signal, what `work` returned) of a child process."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        result = work()
-        os.write(writing, str(result).encode())
-        os._exit(0)
-    os.close(writing)
-    _, status = os.waitpid(child, 0)
-    with open(reading) as pipe:
-        return os.waitstatus_to_exitcode(status), int(pipe.read() or 0)
-
-
-def with_changes_counted(work: Callable[[], int], at_count: Callable[[int], None]) -> int:
-    """`work`, its changes counted; how many there were."""
-    count = 0
-
-    def counting(name: str, function: Callable) -> Callable:
-        def counted(*arguments: object, **named: object) -> object:
-            nonlocal count
-            count += 1
-            at_count(count)
-            if name == "pwrite":  # a kill may well leave the half of a block
-                file, content, offset = arguments
-                function(file, content[: len(content) // 2], offset)
-                at_count(count)
-            return function(*arguments, **named)
-
-        return counted
-
-    for name in CHANGES:
-        setattr(os, name, counting(name, getattr(os, name)))
-    work()  # its result is of no interest
-    return count
-
-
-def kill_at(moment: int) -> Callable[[int], None]:
-    return lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == moment else None
 
 
 def hashes(folder: Path) -> dict[str, str]:

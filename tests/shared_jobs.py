@@ -86,6 +86,7 @@ def sums_after(arrivals: int, num_sums: int) -> list[float]:
     """Sums of ones when each rank has come to `arrivals` barriers, where counts of 32 bits begin anew."""
     world = connect(RunConfig(device="cpu"))
     group = get_model_parallel_group()
+    world.gather("nobody is in the first sum any more")
     group.group.barriers = arrivals
     ctypes.c_uint.from_buffer(group.region.memory, world.rank * shared_memory.LINE_BYTES).value = arrivals
     world.gather(None)

@@ -77,6 +77,11 @@ def test_a_file_as_standard_input_is_one_prompt(tmp_path):
     assert json.loads(out.stdout) == ["Hello"]
 
 
+def test_in_a_job_standard_input_is_nobodys():
+    done = run(sys.executable, "-c", READ, text="Say:", LLAMA_MP_ATTEMPT="12-0")
+    assert json.loads(done.stdout) == list(BUILT_IN_PROMPTS)
+
+
 def test_no_input_and_a_terminal_give_the_built_in_prompts():
     assert json.loads(run(sys.executable, "-c", READ).stdout) == list(BUILT_IN_PROMPTS)
     master, terminal = os.openpty()
@@ -286,3 +291,53 @@ def test_an_output_holds_each_record_as_it_finishes(tmp_path):
         ("b", "B", None),
         ("a", "A", None),
     ]
+
+
+# ---- in a job ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job_flags(tiny, tmp_path) -> InferFlags:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n\nthree\nfour\nfive\n")
+    return InferFlags(ckpt_dir=tiny, prompts_file=file, output=tmp_path / "out.jsonl")
+
+
+def answer_all(flags: InferFlags) -> list[str]:
+    """What is left to answer, after answering it."""
+    with Batch.open(flags, locate(flags)) as batch:
+        batch.show(end(answer) for answer in batch.answers)
+        return [answer.request.id for answer in batch.answers]
+
+
+def ids_in(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
+
+
+def test_tasks_of_an_array_answer_their_shares_of_the_prompts(job_flags, monkeypatch, capsys):
+    monkeypatch.setenv("LLAMA_MP_ATTEMPT", "12_1-0")
+    monkeypatch.setenv("LLAMA_MP_SHARE", "1/2")
+    assert answer_all(job_flags) == ["1", "4"] and not job_flags.output.exists()
+    assert answer_all(job_flags) == []
+    assert "out.jsonl: 2 of 2 prompts are finished already" in capsys.readouterr().err
+    monkeypatch.setenv("LLAMA_MP_SHARE", "0/2")
+    monkeypatch.setenv("LLAMA_MP_ATTEMPT", "12_0-2")
+    assert answer_all(job_flags) == ["0", "3", "5"]
+    assert ids_in(job_flags.output) == ["0", "1", "3", "4", "5"]
+
+
+def test_a_run_outside_of_the_job_is_the_same_run(job_flags, monkeypatch):
+    monkeypatch.setenv("LLAMA_MP_ATTEMPT", "12_1-0")
+    monkeypatch.setenv("LLAMA_MP_SHARE", "1/2")
+    assert answer_all(job_flags) == ["1", "4"]
+    monkeypatch.delenv("LLAMA_MP_ATTEMPT")
+    assert answer_all(job_flags) == ["0", "3", "5"]
+    assert ids_in(job_flags.output) == ["1", "4", "0", "3", "5"]
+
+
+def test_a_task_for_which_no_prompt_is_left(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("LLAMA_MP_ATTEMPT", "12_3-0")
+    monkeypatch.setenv("LLAMA_MP_SHARE", "3/4")
+    flags = InferFlags(ckpt_dir=tiny)  # the three built-in prompts
+    assert answer_all(flags) == []
+    assert capsys.readouterr().out == ""

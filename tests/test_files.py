@@ -4,15 +4,17 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llama_mp import files
 from llama_mp.errors import RequestError
-from llama_mp.files import DIGEST_BLOCK_BYTES, DIGEST_SAMPLES, json_bytes, lock, sample_digest, write_whole
+from llama_mp.files import DIGEST_BLOCK_BYTES, DIGEST_SAMPLES, is_locked, json_bytes, lock, sample_digest, write_whole
 
 # ---- lock ------------------------------------------------------------------------------------------------------
 
@@ -42,7 +44,7 @@ def test_one_process_holds_it_until_the_file_is_closed(tmp_path: Path) -> None:
     assert other() == ""
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def none(*_: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -50,6 +52,22 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fcntl, "flock", none)
     with (tmp_path / "f").open("wb") as file, pytest.raises(RequestError, match="f: this file system has no locks"):
         lock(file.fileno(), tmp_path / "f")
+
+
+def test_whether_it_is_held_is_seen_without_taking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    assert not is_locked(path)
+    with path.open("wb") as file:
+        assert not is_locked(path)
+        lock(file.fileno(), path)
+        assert is_locked(path)
+    assert not is_locked(path)
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert not is_locked(path)
 
 
 # ---- whole -----------------------------------------------------------------------------------------------------
@@ -78,7 +96,22 @@ def test_it_is_synced_before_it_has_its_name_and_the_name_after(
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
     write_whole(tmp_path / "f", b"content")
-    assert done == [str(tmp_path / "f.tmp"), "f.tmp to f", str(tmp_path)]
+    assert re.fullmatch(r".*/f\.[0-9a-f]{8}\.tmp", done[0])
+    assert done[1:] == [f"{Path(done[0]).name} to f", str(tmp_path)]
+
+
+def test_two_writers_at_once_do_not_mix(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+
+    def slow() -> Iterator[bytes]:
+        yield b"one, "
+        write_whole(tmp_path / "f", b"another", folder)
+        assert len(list(folder.iterdir())) == 1  # the first one's
+        yield b"two"
+
+    write_whole(tmp_path / "f", slow(), folder)
+    assert (tmp_path / "f").read_bytes() == b"one, two" and list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

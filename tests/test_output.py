@@ -14,8 +14,9 @@ import pytest
 
 from llama_mp.config import SamplingConfig
 from llama_mp.errors import RequestError, RunError
-from llama_mp.output import Output, fingerprint
+from llama_mp.output import Output
 from llama_mp.prompts import Prompt
+from llama_mp.run_file import fingerprint
 
 RUN = {"model": {"name": "tiny", "dim": 8}, "flags": {"dtype": "fp32", "stop": ("a", "b")}, "prompts": {"count": 2}}
 

@@ -1,0 +1,291 @@
+"""What a job's batch script becomes: one step, a process of the verb on each node, and what is done about its end.
+
+`python -m llama_mp.slurm.supervisor [--output FILE] [--max_restarts N] -- COMMAND`
+
+SLURM's signals reach this process, because the script was replaced by it. A preemption, a time limit that is near
+(USR1) and a request to end (TERM) end the step and requeue the job; so does a crash, a few times, if prompts were
+finished before it. A user's scancel, and what SLURM requeues by itself, are left to SLURM.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Literal, NamedTuple
+
+from llama_mp import cli
+from llama_mp.attempt import ATTEMPT, SHARE, Attempt
+from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, RunError, counted
+from llama_mp.flags import Flags, check_at_least, flag
+from llama_mp.parts import Parts
+from llama_mp.status import read_status, status_path, write_status
+
+STOP_S = 5.0  # for the step to end by itself; requeueing ends it in any case
+KILLED_S = 120.0  # for SLURM to end this process, once it has requeued the job
+NEAR_S = 300.0  # a signal that comes so near the time limit was sent because of it
+POLL_S = 0.1
+ENDED_BY_US = 128 + signal.SIGTERM
+FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below those that the kernel gives to clients
+TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\-]+: (?:Exited with exit code (\d+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorFlags(Flags):
+    output: Path | None = flag(None, "the verb's --output: how far it has come is told beside it")
+    max_restarts: int = flag(3, "how often a crashed run is requeued, if it had finished more than before")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, max_restarts=0)
+
+
+class Job(NamedTuple):
+    """This attempt of a job, as SLURM's environment tells of it."""
+
+    id: str  # what scontrol calls it: an array's task has one of its own
+    attempt: str  # "12-0", "12_3-1": the job or the task of an array, and how often it was requeued
+    share: str | None  # "3/8": of an array's task
+    nodes: list[str]
+    cpus: str | None
+
+
+def job_of(environment: Mapping[str, str], nodes: Sequence[str]) -> Job:
+    id, count = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
+    name, share = id, None
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        first, step = (int(environment[f"SLURM_ARRAY_TASK_{word}"]) for word in ("MIN", "STEP"))
+        task, num_tasks = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
+        name, index = f"{environment['SLURM_ARRAY_JOB_ID']}_{task}", (task - first) // step
+        if index >= num_tasks:
+            raise RequestError(
+                "the array has gaps, so that no task would answer a part of the prompts: use --array=0-N"
+            )
+        share = f"{index}/{num_tasks}"
+    return Job(id, f"{name}-{count}", share, list(nodes), environment.get("SLURM_CPUS_PER_TASK"))
+
+
+def step_environment(job: Job, address: str) -> dict[str, str]:
+    """What the step's processes find beside SLURM's own variables."""
+    id, restarts = re.match(r"(\d+).*-(\d+)", job.attempt).groups()
+    port = FIRST_PORT + (int(id) + 7919 * int(restarts)) % NUM_PORTS  # another one after a restart: it may be taken
+    variables = {NODES: ",".join(job.nodes), ATTEMPT: job.attempt}
+    variables |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return variables | ({SHARE: job.share} if job.share else {})
+
+
+def step_command(job: Job, command: Sequence[str]) -> list[str]:
+    """srun's: a task on each node; the first that fails ends them all."""
+    num_nodes = len(job.nodes)
+    options = [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    options += ["--mpi=none", "--input=none"]
+    options += [f"--cpus-per-task={job.cpus}"] if job.cpus else []  # a step inherits it no more since SLURM 22.05
+    return ["srun", *options, *command]
+
+
+# ---- what SLURM tells --------------------------------------------------------------------------------------------
+
+
+def scontrol(*words: str) -> str:
+    """What the command prints. Raises RunError when it fails."""
+    done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"scontrol {' '.join(words)}: {done.stderr.strip() or 'failed'}")
+    return done.stdout
+
+
+def address_of(node: str) -> str:
+    """Where the node is reached, as SLURM itself does. Raises RunError: each node by itself would be no answer."""
+    found = re.search(r"\bNodeAddr=(\S+)", scontrol("show", "node", "-o", node))
+    if not found:
+        raise RunError(f"SLURM knows no address of node {node}: see scontrol show node {node}")
+    return found[1]
+
+
+class Now(NamedTuple):
+    """The state of the job at a moment."""
+
+    state: str
+    is_preempted: bool
+    left_s: float  # until its time limit, or the end of its grace
+
+
+def now(job: Job) -> Now:
+    told = dict(re.findall(r"\b(JobState|PreemptTime|EndTime)=(\S+)", scontrol("show", "job", "-o", job.id)))
+    try:
+        left_s = time.mktime(time.strptime(told.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")) - time.time()
+    except ValueError:  # Unknown: no limit
+        left_s = float("inf")
+    return Now(told["JobState"], told.get("PreemptTime", "None") != "None", left_s)
+
+
+# ---- the step ----------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """The running step. What it says on stderr is passed on, and its first failure noted."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.error: str | None = None  # the first `error: ` line
+        self.code: int | None = None  # of the first task that failed
+        self.process = subprocess.Popen(
+            command, env=os.environ | environment, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        self.reader = threading.Thread(target=self.read, args=(self.process.stderr,), daemon=True)
+        self.reader.start()
+
+    def read(self, lines: IO[str]) -> None:
+        for line in lines:
+            if line.startswith("error: ") and self.error is None:
+                self.error = line.removeprefix("error: ").strip()
+            if self.code is None and (ended := TASK_ENDED.match(line)):
+                self.code = int(ended[2] or RUN_FAILED)
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+    def wait(self, is_to_stop: Callable[[], bool]) -> int:
+        """Its exit code; ended as soon as `is_to_stop`."""
+        deadline = None
+        while self.process.poll() is None and not (deadline and time.monotonic() > deadline):
+            if deadline is None and is_to_stop():
+                self.process.terminate()
+                deadline = time.monotonic() + STOP_S
+            time.sleep(POLL_S)
+        if self.process.returncode is None:
+            return ENDED_BY_US
+        self.reader.join(STOP_S)
+        code = self.process.returncode
+        return self.code or (code if code >= 0 else 128 - code)
+
+
+# ---- what follows ------------------------------------------------------------------------------------------------
+
+
+class End(NamedTuple):
+    """How an attempt ended. `stopped`: how SLURM had it end. `has_grown`: more prompts are done than before."""
+
+    code: int
+    stopped: Literal["by preemption", "at the time limit", "by a signal"] | None
+    has_grown: bool
+
+
+class Move(NamedTuple):
+    requeues: bool
+    restarts: int  # requeues so far of what may fail for ever
+    why: str
+
+
+def next_move(end: End, restarts: int, max_restarts: int) -> Move:
+    """What becomes of the job. Counted are crashes, and time limits before which not one prompt was finished: requeued
+    without end, neither would ever be done."""
+    how = f"ended {end.stopped}" if end.stopped else f"failed with exit code {end.code}"
+    if end.code == DONE:
+        return Move(False, restarts, "done")
+    if end.code == BAD_REQUEST:
+        return Move(False, restarts, "the request was wrong")
+    if end.stopped and (end.has_grown or end.stopped != "at the time limit"):
+        return Move(True, restarts, how)
+    if not end.stopped and not end.has_grown:
+        return Move(False, restarts, f"{how} before anything was finished: it would fail again")
+    if restarts >= max_restarts:
+        return Move(False, restarts, f"{how}, after {counted(restarts, 'restart')} for such ends: --max_restarts")
+    return Move(True, restarts + 1, how)
+
+
+class Progress:
+    """How far the verb has come, by OUTPUT.status and the parts: it could not say so itself if it was killed."""
+
+    def __init__(self, output: Path | None, attempt: Attempt) -> None:
+        self.path = output and status_path(output, attempt.share)
+        found = read_status(self.path) if self.path else None
+        mine = found is not None and found.get("job") == attempt.job
+        self.restarts = found["restarts"] if mine else 0
+        begun = {"job": attempt.job, "attempt": attempt.number, "done": 0, "done_before": 0, "all": None}
+        self.status = found if mine and found["attempt"] == attempt.number else begun
+        if output:
+            kept = self.status["done_before"] + len(Parts(output).ids_of(attempt.name))
+            self.status["done"] = max(kept, self.status["done"])
+        self.has_grown = self.status["done"] > self.status["done_before"]
+
+    def __str__(self) -> str:
+        return f"({self.status['done']} of {self.status['all'] or '?'} done)" if self.path else ""
+
+    def save(self, code: int, move: "Move", error: str | None) -> None:
+        if self.path:
+            told = {"code": None if move.requeues else code, "restarts": move.restarts, "error": error}
+            with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: the job's log says it too
+                write_status(self.path, self.status | told | {"updated": time.time()})
+
+
+class Supervisor:
+    """One attempt of a job, from its first process to its end or its requeueing."""
+
+    def __init__(self, flags: SupervisorFlags, command: Sequence[str]) -> None:
+        self.flags, self.command = flags, command
+        self.signals: list[int] = []
+
+    def note_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+
+    def run(self) -> int:
+        """The job's exit code, unless SLURM ends this process because the job is requeued."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self.note_signal)
+        nodes = scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        job = job_of(os.environ, nodes)
+        say(f"attempt {job.attempt} on {', '.join(nodes)}: {shlex.join(self.command)}")
+        step = Step(step_command(job, self.command), step_environment(job, address_of(nodes[0])))
+        code = step.wait(lambda: bool(self.signals))
+        state = now(job)
+        if code != DONE and state.state != "RUNNING":  # cancelled, or requeued already
+            say(f"attempt {job.attempt} was ended by SLURM: {state.state}")
+            return code
+        progress = Progress(self.flags.output, Attempt.of(job.attempt, job.share))
+        end = End(code, self.how_stopped(state), progress.has_grown)
+        move = next_move(end, progress.restarts, self.flags.max_restarts)
+        progress.save(code, move, step.error)
+        say(f"attempt {job.attempt} {move.why} {progress}{': requeued' if move.requeues else ''}".rstrip())
+        return requeue(job) if move.requeues else code
+
+    def how_stopped(self, state: Now) -> str | None:
+        if not self.signals:
+            return None
+        if state.is_preempted:
+            return "by preemption"
+        return "at the time limit" if state.left_s < NEAR_S else "by a signal"
+
+
+def requeue(job: Job) -> int:
+    """Have SLURM start the job again; it then ends this process."""
+    scontrol("requeue", job.id)
+    time.sleep(KILLED_S)
+    return RUN_FAILED
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    place = words.index("--") if "--" in words else len(words)
+    command = words[place + 1 :]
+
+    def supervise(flags: SupervisorFlags) -> int:
+        if not command or "SLURM_JOB_ID" not in os.environ:
+            raise RequestError("this runs inside a job, with the verb's command after --: see launch/submit.py")
+        return Supervisor(flags, command).run()
+
+    cli.main(SupervisorFlags, supervise, argv=words[:place], summary=__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What follows from how an attempt ended, and how it is started: without a cluster, which is in test_slurm_jobs.py."""
+
+import sys
+
+import pytest
+
+from llama_mp.errors import RequestError
+from llama_mp.slurm.supervisor import End, Job, Step, job_of, next_move, step_command, step_environment
+
+JOB = {"SLURM_JOB_ID": "12"}
+TASK = {
+    "SLURM_JOB_ID": "15",
+    "SLURM_ARRAY_JOB_ID": "12",
+    "SLURM_ARRAY_TASK_ID": "7",
+    "SLURM_ARRAY_TASK_MIN": "3",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+    "SLURM_ARRAY_TASK_STEP": "2",
+    "SLURM_RESTART_COUNT": "1",
+    "SLURM_CPUS_PER_TASK": "6",
+}
+
+
+def test_a_job_and_a_task_of_an_array():
+    assert job_of(JOB, ["n1"]) == Job("12", "12-0", None, ["n1"], None)
+    assert job_of(JOB | {"SLURM_RESTART_COUNT": "2"}, ["n1"]).attempt == "12-2"
+    assert job_of(TASK, ["n1", "n2"]) == Job("15", "12_7-1", "2/4", ["n1", "n2"], "6")
+
+
+def test_an_array_with_gaps_is_refused():
+    with pytest.raises(RequestError, match="gaps"):
+        job_of(TASK | {"SLURM_ARRAY_TASK_ID": "11"}, ["n1"])
+
+
+def test_the_step_is_a_task_on_each_node():
+    one, two = step_command(job_of(JOB, ["n1"]), ["verb"]), step_command(job_of(TASK, ["n1", "n2"]), ["verb", "a b"])
+    assert one[-1:] == ["verb"] and "--ntasks=1" in one and not any("cpus" in word for word in one)
+    assert two[-3:] == ["--cpus-per-task=6", "verb", "a b"] and {"--nodes=2", "--kill-on-bad-exit=1"} < set(two)
+
+
+def test_the_step_learns_who_it_is():
+    told = step_environment(job_of(TASK, ["n1", "n2"]), "10.0.0.1")
+    assert told["LLAMA_MP_NODES"] == "n1,n2" and told["MASTER_ADDR"] == "10.0.0.1"
+    assert (told["LLAMA_MP_ATTEMPT"], told["LLAMA_MP_SHARE"]) == ("12_7-1", "2/4")
+    jobs = [job_of(JOB | {"SLURM_RESTART_COUNT": str(n)}, ["n1"]) for n in range(9)]
+    ports = {step_environment(job, "a")["MASTER_PORT"] for job in jobs}
+    assert len(ports) == 9 and all(10_000 <= int(port) < 30_000 for port in ports)
+    assert "LLAMA_MP_SHARE" not in step_environment(job_of(JOB, ["n1"]), "a")
+
+
+# ---- what follows ------------------------------------------------------------------------------------------------
+
+PREEMPTED, LIMIT, SIGNAL = "by preemption", "at the time limit", "by a signal"
+
+
+@pytest.mark.parametrize(
+    ("end", "restarts", "requeued", "restarts_after"),
+    [
+        (End(0, None, True), 0, False, 0),
+        (End(0, PREEMPTED, True), 0, False, 0),  # it was faster than the signal
+        (End(2, None, False), 0, False, 0),
+        (End(2, LIMIT, True), 0, False, 0),
+        (End(1, None, True), 0, True, 1),
+        (End(1, None, True), 2, True, 3),
+        (End(1, None, True), 3, False, 3),
+        (End(1, None, False), 0, False, 0),
+        (End(143, PREEMPTED, True), 3, True, 3),
+        (End(143, PREEMPTED, False), 3, True, 3),
+        (End(143, SIGNAL, False), 0, True, 0),
+        (End(143, LIMIT, True), 3, True, 3),
+        (End(143, LIMIT, False), 0, True, 1),
+        (End(143, LIMIT, False), 3, False, 3),
+    ],
+)
+def test_what_becomes_of_the_job(end, restarts, requeued, restarts_after):
+    move = next_move(end, restarts, 3)
+    assert (move.requeues, move.restarts) == (requeued, restarts_after), move
+
+
+def test_restarts_can_be_forbidden():
+    assert not next_move(End(1, None, True), 0, 0).requeues
+
+
+# ---- the step ----------------------------------------------------------------------------------------------------
+
+
+def ran(code: str, is_to_stop: bool = False) -> tuple[int, Step]:
+    step = Step([sys.executable, "-c", code], {})
+    return step.wait(lambda: is_to_stop), step
+
+
+def test_the_first_failure_counts(capfd):
+    said = "srun: error: n2: task 1: Exited with exit code 2\nsrun: error: n1: task 0: Terminated\n"
+    lines = "hello\nerror: first\nerror: second\n" + said
+    code, step = ran(f"import sys; sys.stderr.write({lines!r}); sys.exit(143)")
+    assert (code, step.error) == (2, "first")
+    assert capfd.readouterr().err == lines
+
+
+def test_a_task_that_was_killed_is_a_failure():
+    assert ran("import sys; sys.stderr.write('srun: error: n1: task 0: Killed\\n'); sys.exit(137)")[0] == 1
+    assert ran("raise SystemExit(5)")[0] == 5
+    assert ran("")[0] == 0
+
+
+def test_what_is_not_utf8_passes(capfd):
+    assert ran(r"import os; os.write(2, b'\xff\n')")[0] == 0
+    assert capfd.readouterr().err
+
+
+def test_a_step_that_is_to_stop_ends():
+    assert ran("import time; time.sleep(60)", is_to_stop=True)[0] != 0
