@@ -27,13 +27,15 @@ def submit(verb: str, flags: JobFlags) -> int:
 
     id = cluster.submit(text)
     print(id, flush=True)
-    return report.wait(id) if flags.wait else 0
+    if flags.wait:
+        report.wait(id)
+    return 0
 
 
-def tell(verb: str, flags: JobIdFlags) -> int | None:
+def tell(verb: str, flags: JobIdFlags) -> None:
     from llama_mp.slurm import report
 
-    return getattr(report, verb)(flags.id)
+    getattr(report, verb)(**vars(flags))
 
 
 def refuse(flags: VerbFlags) -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     if verb in JOBS:
         cli.main(JOBS[verb], partial(submit, verb), argv=sys.argv[2:], program=program, summary=__doc__)
     if verb in REPORTS:
-        cli.main(JobIdFlags, partial(tell, verb), argv=sys.argv[2:], program=program, summary=__doc__)
+        cli.main(REPORTS[verb], partial(tell, verb), argv=sys.argv[2:], program=program, summary=__doc__)
     cli.main(VerbFlags, refuse, argv=sys.argv[1:2], summary=__doc__)
 
 

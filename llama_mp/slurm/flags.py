@@ -116,7 +116,28 @@ class ReshardJobFlags(ClusterConfig, ReshardFlags):
 
 JobFlags = InferJobFlags | BenchJobFlags | ReshardJobFlags
 JOBS = {"infer": InferJobFlags, "bench": BenchJobFlags, "reshard": ReshardJobFlags}
-REPORTS = ("status", "logs", "cancel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobIdFlags(Flags):
+    """`submit.py logs` and `cancel`."""
+
+    id: str = flag(REQUIRED, "the job's id, as submit.py printed it; 12_3 for a task of an array", positional=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[0-9]+(_[0-9]+)?", self.id):
+            raise RequestError(f"ID is {self.id!r}, but must be a number, or 12_3 for a task of an array")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusFlags(JobIdFlags):
+    """`submit.py status`."""
+
+    json: bool = flag(False, "print one JSON list, an object for each task, instead of lines")
+
+
+REPORTS = {"status": StatusFlags, "logs": JobIdFlags, "cancel": JobIdFlags}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +147,3 @@ class VerbFlags(Flags):
     verb: Literal[(*JOBS, *REPORTS)] = flag(
         REQUIRED, "infer, bench or reshard, to be run; status, logs or cancel, of a job", positional=True
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobIdFlags(Flags):
-    """`submit.py status`, `logs` and `cancel`."""
-
-    id: str = flag(REQUIRED, "the job's id, as submit.py printed it; 12_3 for a task of an array", positional=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not re.fullmatch(r"[0-9]+(_[0-9]+)?", self.id):
-            raise RequestError(f"ID is {self.id!r}, but must be a number, or 12_3 for a task of an array")
