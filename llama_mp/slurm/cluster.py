@@ -35,6 +35,7 @@ NEVER = re.compile(
 JUDGED_S = 1.0  # how long a scheduler is given to look at a new job
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and who asks
 CONFUSED = "Unable to contact|Could not establish|communication|[Tt]imed out|Zero Bytes|Connection refused"
+UNKNOWN = "Invalid job id|Job \\S+ not found"
 # For what sbatch says, or the reason of a job that would never start: which flag of ours is meant.
 REMEDIES = {
     CONFUSED: "run it on a node of the cluster, a login node for one, and see whether `scontrol ping` answers",
@@ -102,8 +103,6 @@ def check_parent(id: str) -> None:
     """Raise RequestError unless job `id` is known and has not failed."""
     try:
         jobs = jobs_of(id)
-    except Unreachable:
-        raise
     except RequestError as error:
         raise RequestError(f"--after {id}: {error}") from error
     for job in jobs:
@@ -139,9 +138,9 @@ def jobs_of(id: str) -> list[JobRecord]:
     try:
         jobs = [parse(line) for line in call("scontrol", "show", "job", "-o", id).splitlines() if line.strip()]
         return sorted(jobs, key=lambda job: int(re.match("[0-9]*", job.task)[0] or 0))
-    except Unreachable:
-        raise
-    except RequestError:
+    except RequestError as error:
+        if not re.search(UNKNOWN, str(error)):
+            raise
         if jobs := accounted(id):
             return jobs
         raise RequestError(
