@@ -168,11 +168,15 @@ class SlurmCluster:
     def power_on(self, node: str) -> None:
         self._spawn(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
 
-    def power_off(self, node: str) -> None:
-        """Power loss: its daemon, its step daemons and all tasks die in the same moment."""
+    def lose(self, node: str) -> None:
+        """SLURM hears no more of the node, on which all goes on."""
         daemon = self.daemons.pop(node)
         daemon.kill()
         daemon.wait()
+
+    def power_off(self, node: str) -> None:
+        """Power loss: its daemon, its step daemons and all tasks die in the same moment."""
+        self.lose(node)
         kill(self.strays(node))
 
     def all_idle(self) -> bool:

@@ -196,18 +196,48 @@ def test_a_job_outlasts_its_time_limit(folder, model):
     assert "at the time limit" in folder.log()
 
 
+def held_job(folder: Folder, *flags: str | Path) -> str:
+    """The job of these flags, by plain sbatch and its script; it begins when it is released."""
+    (folder.path / "job.sbatch").write_text(folder.submit(*flags, "--dry_run").stdout)
+    return folder.slurm.sh("sbatch --parsable --hold job.sbatch", cwd=folder.path).strip()
+
+
 def test_a_wrong_request_is_not_tried_again(folder, model):
     """The checkpoint was there at submission, and is gone when the job begins."""
     moved = folder.path / "model"
     moved.symlink_to(model)
-    script = folder.path / "job.sbatch"
-    script.write_text(folder.submit(*batch(moved), "--dry_run").stdout)
+    job = held_job(folder, *batch(moved))
     moved.unlink()
-    job = folder.slurm.sh("sbatch --parsable job.sbatch", cwd=folder.path).strip()
+    folder.slurm.sh(f"scontrol release {job}")
     folder.ended(job, "FAILED")
     assert (folder.slurm.field(job, "ExitCode"), folder.slurm.field(job, "Restarts")) == ("2:0", "0")
     assert folder.log().count("error: ") == folder.log().count("srun: error: ") + 1
     assert folder.status()["code"] == 2
+
+
+def test_a_rank_without_a_gpu_of_its_own_does_not_start(folder, model):
+    (folder.path / "job.sbatch").write_text(folder.submit(*batch(model), "--dry_run").stdout)
+    job = folder.slurm.sh("sbatch --parsable --gpus-per-node=2 job.sbatch", cwd=folder.path).strip()
+    folder.ended(job, "FAILED")
+    assert folder.slurm.field(job, "ExitCode") == "2:0"
+    assert "error: node n1 has 2 GPUs for 1 rank" in folder.log()
+
+
+def test_a_node_that_is_thought_lost_and_goes_on_spoils_nothing(folder, model, expected):
+    """The first node's daemon dies, and with it SLURM's knowledge of what goes on there: rank 0, and the supervisor."""
+    job = folder.job(*batch(model, "--time", "10"))
+    folder.until_in_the_middle()
+    lost = folder.slurm.field(job, "BatchHost")
+    folder.slurm.lose(lost)
+    folder.slurm.until(lambda: folder.slurm.field(job, "Restarts") == "1", "a second start", 60)
+    assert folder.slurm.strays(lost), "the first attempt is still there"
+    folder.slurm.until_state(job, "COMPLETED", timeout=120)
+    assert folder.answers() == expected
+    folder.slurm.power_on(lost)
+    folder.slurm.set_up(lost)
+    folder.slurm.until(lambda: not folder.slurm.strays(), "end of all processes", 30)
+    assert folder.answers() == expected
+    assert folder.slurm.field(job, "Restarts") == "1"
 
 
 # ---- several jobs ------------------------------------------------------------------------------------------------
@@ -233,15 +263,17 @@ def test_infer_follows_a_reshard(folder, model, expected):
 
 
 def test_a_reshard_that_fails_cancels_what_follows(folder, model):
-    first = folder.job("reshard", "--input", model, "--output", "mp3", "--mp", "3")
-    (folder.path / "mp3").mkdir()
-    (folder.path / "mp3" / "in the way").touch()
+    moved = folder.path / "model"
+    moved.symlink_to(model)
+    first = held_job(folder, "reshard", "--input", moved, "--output", "mp3", "--mp", "3")
+    moved.unlink()
     place = ["--nodes", "1", "--gpus_per_node", "1", "--mem_gib", "1", "--time", "5", "--after", first]
-    done = folder.submit(*batch(Path("mp3"), *place), "--wait")
-    assert done.code == 1
-    assert f"job {first}" in done.error and "failed" in done.error
+    second = folder.job(*batch(Path("mp3"), *place))
+    folder.slurm.sh(f"scontrol release {first}")
+    folder.ended(first, "FAILED")
     assert folder.slurm.field(first, "ExitCode") == "2:0"
-    assert folder.slurm.field(done.stdout.strip(), "JobState") == "CANCELLED"
+    folder.ended(second, "CANCELLED")
+    assert f"job {first}, which it waited for, failed" in folder.submit("status", second).stdout
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -251,7 +283,7 @@ def test_a_reshard_that_fails_cancels_what_follows(folder, model):
     ("words", "said"),
     [
         (["--partition", "nowhere"], "partition"),
-        (["--nodes", "9", "--gpus_per_node", "1"], "node"),
+        (["--nodes", "8", "--gpus_per_node", "1"], "node"),
         (["--nodes", "1", "--gpus_per_node", "8"], ""),
         (["--time", "2-00:00:00"], "time"),
         (["--mp", "3", "--nodes", "2", "--gpus_per_node", "2"], "idle"),

@@ -35,6 +35,7 @@ NEAR_S = 300.0  # a signal that comes so near the time limit was sent because of
 POLL_S = 0.1
 ENDED_BY_US = 128 + signal.SIGTERM
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below those that the kernel gives to clients
+ALIVE = ("RUNNING", "SIGNALING")  # the second while a signal is on its way
 TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\-]+: (?:Exited with exit code (\d+))?")
 
 
@@ -114,17 +115,18 @@ class Now(NamedTuple):
     """The state of the job at a moment."""
 
     state: str
+    restarts: int
     is_preempted: bool
     left_s: float  # until its time limit, or the end of its grace
 
 
 def now(job: Job) -> Now:
-    told = dict(re.findall(r"\b(JobState|PreemptTime|EndTime)=(\S+)", scontrol("show", "job", "-o", job.id)))
+    told = dict(re.findall(r"\b(JobState|Restarts|PreemptTime|EndTime)=(\S+)", scontrol("show", "job", "-o", job.id)))
     try:
         left_s = time.mktime(time.strptime(told.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")) - time.time()
     except ValueError:  # Unknown: no limit
         left_s = float("inf")
-    return Now(told["JobState"], told.get("PreemptTime", "None") != "None", left_s)
+    return Now(told["JobState"], int(told["Restarts"]), told.get("PreemptTime", "None") != "None", left_s)
 
 
 # ---- the step ----------------------------------------------------------------------------------------------------
@@ -205,7 +207,8 @@ class Progress:
 
     def __init__(self, output: Path | None, attempt: Attempt) -> None:
         self.path = output and status_path(output, attempt.share)
-        found = read_status(self.path) if self.path else None
+        # The last task of an array replaces those of all tasks by one of the whole.
+        found = read_status(self.path) or read_status(status_path(output, None)) if output else None
         mine = found is not None and found.get("job") == attempt.job
         self.restarts = found["restarts"] if mine else 0
         begun = {"job": attempt.job, "attempt": attempt.number, "done": 0, "done_before": 0, "all": None}
@@ -244,11 +247,12 @@ class Supervisor:
         say(f"attempt {job.attempt} on {', '.join(nodes)}: {shlex.join(self.command)}")
         step = Step(step_command(job, self.command), step_environment(job, address_of(nodes[0])))
         code = step.wait(lambda: bool(self.signals))
-        state = now(job)
-        if code != DONE and state.state != "RUNNING":  # cancelled, or requeued already
+        state, attempt = now(job), Attempt.of(job.attempt, job.share)
+        # Cancelled, or requeued already; or this node was thought lost, and the job runs again without it.
+        if code != DONE and (state.state not in ALIVE or state.restarts != attempt.number):
             say(f"attempt {job.attempt} was ended by SLURM: {state.state}")
             return code
-        progress = Progress(self.flags.output, Attempt.of(job.attempt, job.share))
+        progress = Progress(self.flags.output, attempt)
         end = End(code, self.how_stopped(state), progress.has_grown)
         move = next_move(end, progress.restarts, self.flags.max_restarts)
         progress.save(code, move, step.error)
