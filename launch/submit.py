@@ -34,7 +34,7 @@ def submit(verb: str, flags: JobFlags) -> None:
 
 
 def status(flags: StatusFlags) -> None:
-    report.status(flags.id, as_json=flags.json)
+    report.status(flags.id, json=flags.json)
 
 
 def logs(flags: JobIdFlags) -> None:

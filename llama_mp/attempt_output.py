@@ -13,10 +13,10 @@ from typing import Any
 
 from llama_mp.attempt import Attempt
 from llama_mp.errors import DONE, RequestError, RunError, counted, exit_code
-from llama_mp.files import is_locked, json_bytes, write_whole
+from llama_mp.files import REMOVED, is_locked, json_bytes, write_whole
 from llama_mp.lines import Lines, checked_records
 from llama_mp.output import check_place, request_error
-from llama_mp.parts import REMOVED, Parts, size_bytes
+from llama_mp.parts import Parts, size_bytes
 from llama_mp.run_file import as_read_back, check_same_run, run_path
 from llama_mp.status import Reporter, status_path
 
@@ -150,17 +150,17 @@ class AttemptOutput:
         All lines are in memory for that: 100,000 of 5 kB are half a gigabyte."""
         while True:
             in_parts = dict(self.parts.records())
-            in_output = dict(self._output_records())  # read after the parts: see there
-            lines = in_parts | in_output
-            if not lines.keys() >= set(self.ids):
-                return set(lines)
-            if not in_output.keys() >= set(self.ids):
-                try:
+            try:
+                in_output = dict(self._output_records())  # read after the parts: see there
+                lines = in_parts | in_output
+                if not lines.keys() >= set(self.ids):
+                    return set(lines)
+                if not in_output.keys() >= set(self.ids):
                     write_whole(self.path, [lines[id] for id in self.ids], self.parts.folder)
-                except OSError as error:
-                    if error.errno not in REMOVED:
-                        raise
-                    continue  # another attempt was faster, and has removed the folder
+            except OSError as error:
+                if error.errno not in REMOVED:
+                    raise
+                continue  # another attempt was faster: it has replaced the output that was read, or removed the folder
             self.parts.remove()
             return set(lines)
 

@@ -13,6 +13,7 @@ from typing import Any
 from llama_mp.errors import RequestError
 
 DIGEST_SAMPLES, DIGEST_BLOCK_BYTES = 16, 65536
+REMOVED = (errno.ENOENT, errno.ESTALE)  # the second from NFS, when another host removed an open file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # the last: Lustre mounted without them
 
@@ -39,7 +40,7 @@ def is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError as error:
-        if error.errno not in (*NO_LOCKS, errno.ENOENT):
+        if error.errno not in (*NO_LOCKS, *REMOVED):
             raise
     return False
 

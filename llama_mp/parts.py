@@ -14,10 +14,8 @@ from pathlib import Path
 
 from llama_mp.attempt import job_of
 from llama_mp.errors import RequestError
-from llama_mp.files import is_locked, lock, sync
+from llama_mp.files import REMOVED, is_locked, lock, sync
 from llama_mp.lines import Lines, readable_records
-
-REMOVED = (errno.ENOENT, errno.ESTALE)  # the second from NFS, when another host removed an open file
 
 
 def parts_folder(output: Path) -> Path:

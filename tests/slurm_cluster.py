@@ -7,6 +7,7 @@ daemons are children of this process, all its files lie in one folder, and it li
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -155,12 +156,14 @@ class SlurmCluster:
         self.until(lambda: not self.sh("squeue --noheader"), "empty queue")
 
     def set_down(self, node: str) -> None:
-        """What an administrator does to a broken node: its jobs are ended or requeued at once."""
+        """What an administrator does to a broken node: its jobs are ended or requeued at once. As its daemon lives, it
+        comes back by itself after some seconds (ReturnToService=2)."""
         self.sh(f"scontrol update nodename={node} state=down reason=test")
 
     def set_up(self, node: str) -> None:
-        self.sh(f"scontrol update nodename={node} state=idle", check=False)  # refused when it is up already
-        self.until(self.all_idle, "idle nodes")
+        """Let a node that is down or drained take jobs again."""
+        self.sh(f"scontrol update nodename={node} state=resume", check=False)  # refused when it is up already
+        self.until(lambda: not re.search("down|drain", self.sh(f"sinfo -hN -n {node} -o %T")), f"{node} up")
 
     def power_on(self, node: str) -> None:
         self._spawn(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))

@@ -1,82 +1,22 @@
-"""Attempts of a job: each id once, in order, through kills, zombies and attempts that end at the same moment."""
+"""Attempts of a job: each id once, in order, through kills and full disks; lines of two runs are never mixed."""
 
 import errno
 import fcntl
 import json
 import os
-import subprocess
 import sys
-import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from attempts import IDS, RUN, complete, finish, kill, kill_after, opened, parts, record, refused, write
 
 from llama_mp import lines, status
-from llama_mp.attempt import Attempt
 from llama_mp.attempt_output import AttemptOutput
 from llama_mp.errors import RequestError, RunError
 from llama_mp.lines import Lines
 from llama_mp.output import Output
 from llama_mp.parts import Parts
 from llama_mp.status import read_status, status_path
-
-RUN = {"model": {"name": "tiny"}, "flags": {"stop": ("a", "b")}}
-IDS = ["e", "d", "c", "b", "a"]  # the order of the prompts, and no other
-
-
-def attempt(name: str, share: tuple[int, int] | None = None) -> Attempt:
-    return Attempt(name=name, number=int(name.split("-")[1]), share=share)
-
-
-def opened(path: Path, name: str = "12-0", share: tuple[int, int] | None = None, run: dict = RUN) -> AttemptOutput:
-    return AttemptOutput(path, run, IDS, attempt(name, share))
-
-
-def record(id: str, text: str = "café\u2028") -> dict:
-    return {"id": id, "completion": f"{id} {text}", "completion_tokens": 3}
-
-
-def write(out: AttemptOutput | Output, ids: str) -> None:
-    for id in ids:
-        out.write(record(id))
-
-
-def finish(out: AttemptOutput) -> str:
-    """Answer what is left; its ids, sorted."""
-    todo = "".join(sorted(out.left))
-    with out:
-        write(out, todo)
-    return todo
-
-
-def kill(out: AttemptOutput, torn: bytes = b'{"id": "a", "comp') -> Path:
-    """End `out` as SIGKILL ends it, in the middle of a line; its part."""
-    path = out._part.path
-    os.write(out._part._file, torn)
-    os.close(out._part._file)
-    return path
-
-
-def complete(path: Path) -> bool:
-    """Whether the output holds each prompt once, in order, and nothing else is left but what belongs there."""
-    names = {file.name.removeprefix(path.name) for file in path.parent.iterdir()}
-    ids = [json.loads(line)["id"] for line in path.read_bytes().splitlines()] if path.exists() else []
-    return ids == IDS and names == {"", ".run.json", ".status"}
-
-
-def parts(path: Path) -> list[str]:
-    return sorted(file.name for file in path.with_name(f"{path.name}.parts").iterdir())
-
-
-def refused(match: str, *args: object, **named: object) -> None:
-    """Opening fails with one line that matches, and changes nothing."""
-    path = args[0]
-    before = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
-    with pytest.raises(RequestError, match=match):
-        opened(*args, **named)
-    assert {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()} == before
 
 
 @pytest.fixture(params=["out.jsonl", 'a\'; echo [*]"x".jsonl', "\u00e9\n0"])
@@ -199,12 +139,6 @@ def test_a_plain_run_takes_the_parts_over(tmp_path):
         assert plain.done == set(IDS)
 
 
-def kill_after(path: Path, name: str, share: tuple[int, int] | None, ids: str) -> None:
-    out = opened(path, name, share)
-    write(out, ids)
-    kill(out)
-
-
 def test_a_plain_run_killed_while_it_takes_over(tmp_path, monkeypatch):
     path = tmp_path / "job" / "o"
     kill_after(path, "12-0", None, "edc")
@@ -229,127 +163,6 @@ def test_a_plain_run_is_refused_while_a_part_is_written(tmp_path):
         with pytest.raises(RequestError, match="job 12 is writing"):
             Output(path, RUN)
         assert not path.exists()
-
-
-# ---- attempts at the same time -----------------------------------------------------------------------------------
-
-
-def test_shares_are_merged_by_the_last(tmp_path):
-    path = tmp_path / "job" / "o"
-    assert finish(opened(path, "12_1-0", (1, 3))) == "ad"
-    assert finish(opened(path, "12_0-0", (0, 3))) == "be" and not path.exists()
-    assert finish(opened(path, "12_7-0", (7, 8))) == "" and not path.exists()  # more tasks than prompts
-    assert finish(opened(path, "12_2-0", (2, 3))) == "c" and complete(path)
-    assert finish(opened(path, "12_1-1", (1, 3))) == "" and complete(path)
-
-
-@pytest.mark.parametrize("writes_on", [True, False])
-def test_a_zombie_spoils_nothing(path, writes_on):
-    zombie = opened(path)
-    write(zombie, "ab")
-    assert finish(opened(path, "12-1")) == "cde" and complete(path)
-    before = path.read_bytes()
-    if writes_on:
-        write(zombie, "cd")
-        zombie.write(record("e", "in other words"))
-    zombie.__exit__(None, None, None)
-    assert complete(path) and path.read_bytes() == before
-    assert read_status(status_path(path, None))["attempt"] == 1
-
-
-def test_a_zombie_that_ends_first_takes_nothing_from_who_follows(path):
-    zombie = opened(path)
-    write(zombie, "ab")
-    second = opened(path, "12-1")
-    write(second, "c")
-    assert finish(zombie) == "cde" and complete(path)
-    write(second, "de")
-    second.__exit__(None, None, None)
-    assert complete(path) and read_status(status_path(path, None))["code"] == 0
-
-
-def test_nfs_tells_that_another_host_removed_the_part(tmp_path, monkeypatch):
-    path = tmp_path / "job" / "o"
-    second = opened(path, "12-1")
-    finish(opened(path))
-
-    def stale(*_: object) -> None:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", stale)
-        patch.setattr(os, "fsync", stale)
-        write(second, "abcde")
-        second._close_part()
-    second.close()
-    assert complete(path)
-
-
-@pytest.mark.parametrize("share", [None, (0, 2)])
-def test_lines_that_somebody_removed_are_missed(tmp_path, share):
-    path = tmp_path / "job" / "o"
-    with (
-        pytest.raises(RunError, match="3 lines of .*o.parts gone" if share else "5 lines"),
-        opened(path, share=share) as out,
-    ):
-        write(out, "".join(out.left))
-        out._part.path.unlink()
-    assert not path.exists() and read_status(status_path(path, share))["code"] == 1
-
-
-def test_attempts_that_end_at_the_same_moment(tmp_path):
-    for number in range(60):
-        path = tmp_path / "job" / str(number) / "o"
-        path.parent.mkdir()
-        outs = [opened(path, f"12_{i}-0", (i, 4)) for i in range(4)]
-        outs.append(opened(path, "12_2-1", (2, 4)))  # and one of them is a zombie
-        for out in outs:
-            write(out, "".join(out.left))
-        together(*(partial(out.__exit__, None, None, None) for out in outs))
-        assert complete(path)
-
-
-def test_attempts_that_begin_at_the_same_moment(tmp_path):
-    for number in range(60):
-        path = tmp_path / "job" / str(number) / "o"
-        path.parent.mkdir()
-        tasks = [("12_0-0", (0, 2)), ("12_1-0", (1, 2)), ("12_0-1", (0, 2))]
-        together(*(partial(lambda path, task: finish(opened(path, *task)), path, task) for task in tasks))
-        assert complete(path)
-
-
-def together(*calls: object) -> None:
-    """All `calls` at the same time, each in a thread; the first error is raised."""
-    errors: list[BaseException] = []
-    barrier = threading.Barrier(len(calls))
-
-    def run(call: object) -> None:
-        barrier.wait()
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=[call]) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-def test_killed_before_any_change_the_next_attempt_completes_it(tmp_path):
-    command = [sys.executable, ROOT / "tests" / "merged.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [report["killed"] for report in reports].count(0) == 2 and len(reports) > 40
-    for report in reports:
-        left = [name for name in report["left"] if not (name.startswith("out.jsonl.status.") and name.endswith(".tmp"))]
-        assert left == ["out.jsonl", "out.jsonl.run.json", "out.jsonl.status"], report
-        assert report["ids"] == list("012345") and report["finished"] == 0, report
-        assert report["killed"] in (0, -9) and report["lines when killed"] in (None, 6), report
-    assert {report["lines when killed"] for report in reports} == {None, 6}
 
 
 # ---- other runs --------------------------------------------------------------------------------------------------

@@ -117,6 +117,8 @@ def test_an_id_that_is_none_asks_nobody(commands, id: str) -> None:
 def test_commands_that_are_not_there_or_get_no_answer(commands) -> None:
     with pytest.raises(RequestError, match=r"^sbatch is not on this machine: .* --dry_run"):
         submit(HEAD)
+    with pytest.raises(RequestError, match=r"^scontrol is not on this machine: "):
+        jobs_of("12")
     commands(
         "scontrol", shown("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", 2) + "; exit 1"
     )
@@ -189,6 +191,14 @@ def test_what_sbatch_refuses(slurm: SlurmCluster) -> None:
 
 
 @pytest.mark.slurm
+def test_jobs_that_are_not_there(slurm: SlurmCluster) -> None:
+    array = submit(HEAD + "#SBATCH --array=0-1\nexit 0\n")
+    for id in ("99999", "99999_1", f"{array}_7"):
+        with pytest.raises(RequestError, match=f"^SLURM knows no job {id} "):
+            jobs_of(id)
+
+
+@pytest.mark.slurm
 def test_an_unknown_parent_and_a_failed_one(slurm: SlurmCluster) -> None:
     """sbatch takes both: without a word it starts the first at once, and the second never."""
     after = HEAD + "#SBATCH --dependency=afterok:{}\n#SBATCH --kill-on-invalid-dep=yes\n"
@@ -218,7 +228,7 @@ def test_a_job_that_would_wait_for_ever(slurm: SlurmCluster) -> None:
         with pytest.raises(RequestError, match=r"never start this job \(Job's_account.* give an --account"):
             submit(HEAD)
         slurm.sh("scontrol update partitionname=main AllowAccounts=ALL")
-        slurm.set_down("n4")
+        slurm.sh("scontrol update nodename=n4 state=drain reason=test")
         waiting = submit(f"{HEAD}#SBATCH --nodes=4\nsleep 60\n")  # until the node is back, not for ever
         assert slurm.field(waiting, "JobState") == "PENDING"
     finally:

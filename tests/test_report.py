@@ -52,6 +52,7 @@ def test_a_line_for_each_state() -> None:
         ({"done_before": 17}, "17 of 40 prompts, 30.5 tokens/s"),
         ({"job": "34"}, "17 of 40 prompts"),  # its speed was another job's: this one still loads
         ({"code": 0, "done": 40}, "40 of 40 prompts"),
+        ({"done": 0, "done_before": 0, "all": None, "tokens_per_s": 0.0}, "0 of ? prompts"),  # it was killed early
     ],
 )
 def test_what_is_not_known_is_not_told(changes: dict, told: str) -> None:
@@ -193,7 +194,7 @@ def test_status_and_logs_of_a_running_job(slurm: SlurmCluster, folder: Path, cap
     write_status(folder / "o.jsonl", job=id)
     report.status(id)
     assert capsys.readouterr().out.startswith(f"{id}  RUNNING on n[1-2], 17 of 40 prompts, 30.5 tokens/s, ends about ")
-    report.status(id, as_json=True)
+    report.status(id, json=True)
     (job,) = json.loads(capsys.readouterr().out)
     assert (job["id"], job["state"], job["nodes"], job["answers"]["done"]) == (id, "RUNNING", "n[1-2]", 17)
     log = folder / f"log-{id}.txt"

@@ -23,9 +23,9 @@ from llama_mp import LLM
 pytestmark = pytest.mark.slurm
 
 NUM_PROMPTS, ENOUGH = 40, 6  # prompts of a batch; after how many it is interrupted
-GEN_LEN = 40
+GEN_LEN, LONG_GEN_LEN = 40, 120
 GREEDY = ["--temperature", "0", "--dtype", "fp32", "--device", "auto"]  # auto: the cluster's GPUs are pretended
-SITE = 'interface = "lo"\n'
+SITE = 'interface = "lo"\ncpus_per_node = 4\n'
 
 
 class Folder(NamedTuple):
@@ -90,12 +90,16 @@ def model(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Pat
 PROMPTS = {f"q{number}": f"Once upon a time {number}" for number in range(NUM_PROMPTS)}
 
 
+def answers_here(model: Path, prompts: dict, gen_len: int) -> dict[str, str]:
+    """What the model answers to `prompts`, by their ids, on this machine and at MP = 1."""
+    with LLM(model, dtype="fp32", device="cpu") as llm:
+        answers = llm.generate(list(prompts.values()), temperature=0, max_gen_len=gen_len)
+    return dict(zip(prompts, (answer["completion"] for answer in answers), strict=True))
+
+
 @pytest.fixture(scope="session")
 def expected(model: Path) -> dict[str, str]:
-    """What the model answers here."""
-    with LLM(model, dtype="fp32", device="cpu") as llm:
-        answers = llm.generate(list(PROMPTS.values()), temperature=0, max_gen_len=GEN_LEN)
-    return dict(zip(PROMPTS, (answer["completion"] for answer in answers), strict=True))
+    return answers_here(model, PROMPTS, GEN_LEN)
 
 
 @pytest.fixture
@@ -119,17 +123,14 @@ def batch(model: Path, *flags: str) -> list[str | Path]:
 
 
 def test_smollm2_over_two_nodes_of_two_ranks_answers_as_one_rank_does(folder, smollm2_file):
-    chat = [{"id": "1", "messages": [{"role": "user", "content": "What is the capital of France?"}]}]
-    prompts = [{"id": "0", "prompt": "Once upon a time"}, *chat]
-    (folder.path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    lines = [{"id": "0", "prompt": "Once upon a time"}, {"id": "1", "messages": chat}]
+    (folder.path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--ckpt_dir", smollm2_file, "--prompts_file", "prompts.jsonl", "--output", "out.jsonl", *GREEDY]
     place = ["--nodes", "2", "--gpus_per_node", "2", "--max_gen_len", "8", "--wait"]
     done = folder.submit("infer", *words, *place)
     assert done.code == 0, folder.log()
-    with LLM(smollm2_file, dtype="fp32", device="cpu") as llm:
-        asked = [prompt.get("prompt") or prompt["messages"] for prompt in prompts]
-        answers = llm.generate(asked, temperature=0, max_gen_len=8)
-    assert folder.answers() == {prompt["id"]: one["completion"] for prompt, one in zip(prompts, answers, strict=True)}
+    assert folder.answers() == answers_here(smollm2_file, {"0": "Once upon a time", "1": chat}, 8)
     folder.ended(done.stdout.strip())
 
 
@@ -184,11 +185,13 @@ def test_a_rank_that_dies_is_named_within_seconds(folder, model):
     assert folder.num_done() == folder.status()["done"] >= ENOUGH
 
 
-def test_a_job_outlasts_its_time_limit(folder, model, expected):
-    words = batch(model, "--time", "1")
+def test_a_job_outlasts_its_time_limit(folder, model):
+    """SLURM looks every 30 s whether a limit is near: this job takes longer, and has made some progress by then."""
+    words = [str(LONG_GEN_LEN) if word == str(GEN_LEN) else word for word in batch(model, "--time", "1")]
+    words[words.index("--max_batch_size") + 1] = "1"
     job = folder.job(*words)
     folder.ended(job, timeout=300)
-    assert folder.answers() == expected
+    assert folder.answers() == answers_here(model, PROMPTS, LONG_GEN_LEN)
     assert int(folder.slurm.field(job, "Restarts")) >= 1
     assert "at the time limit" in folder.log()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llama_mp.errors import RequestError
 
-OVER = (
+OVER = {
     "BOOT_FAIL",
     "CANCELLED",
     "COMPLETED",
@@ -24,7 +24,7 @@ OVER = (
     "OUT_OF_MEMORY",
     "PREEMPTED",
     "TIMEOUT",
-)
+}
 # Why a waiting job would wait for ever, where a site lets such a job in (EnforcePartLimits=NO). PartitionConfig is what
 # a job above the partition's limits shows at first; a partition or nodes that are down, or reserved, show something
 # else and may come back.
@@ -35,9 +35,11 @@ NEVER = re.compile(
 JUDGED_S = 1.0  # how long a scheduler is given to look at a new job
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and who asks
 CONFUSED = "Unable to contact|Could not establish|communication|[Tt]imed out|Zero Bytes|Connection refused"
+UNKNOWN = "Invalid job id|Job \\S+ not found"
 # For what sbatch says, or the reason of a job that would never start: which flag of ours is meant.
 REMEDIES = {
     CONFUSED: "run it on a node of the cluster, a login node for one, and see whether `scontrol ping` answers",
+    "policy": "a limit of yours stands against it: `sacctmgr show assoc user=$USER` and `sacctmgr show qos` list them",
     "time ?limit|WallDuration": "lower --time, or give a --partition that allows it: `sinfo -o '%P %l'` shows limits",
     "partition name|partition specified|partition not": "give one of these as --partition: {partitions}",
     "[Aa]ccount|QOS": "give an --account that you may use there; `sacctmgr show user $USER withassoc` lists yours",
@@ -101,8 +103,6 @@ def check_parent(id: str) -> None:
     """Raise RequestError unless job `id` is known and has not failed."""
     try:
         jobs = jobs_of(id)
-    except Unreachable:
-        raise
     except RequestError as error:
         raise RequestError(f"--after {id}: {error}") from error
     for job in jobs:
@@ -120,8 +120,8 @@ def check_can_start(id: str) -> None:
     while time.monotonic() < end and all(job.state == "PENDING" and not job.reason for job in jobs):
         try:
             jobs = jobs_of(id)
-        except Unreachable:
-            return  # it was taken, and is not lost for that
+        except RequestError:
+            return  # it was taken, and its id is not lost for want of an answer now
         time.sleep(0.1)
     for job in jobs:
         if job.never_starts:
@@ -138,9 +138,9 @@ def jobs_of(id: str) -> list[JobRecord]:
     try:
         jobs = [parse(line) for line in call("scontrol", "show", "job", "-o", id).splitlines() if line.strip()]
         return sorted(jobs, key=lambda job: int(re.match("[0-9]*", job.task)[0] or 0))
-    except Unreachable:
-        raise
-    except RequestError:
+    except RequestError as error:
+        if not re.search(UNKNOWN, str(error)):
+            raise
         if jobs := accounted(id):
             return jobs
         raise RequestError(

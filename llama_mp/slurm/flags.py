@@ -117,16 +117,6 @@ class ReshardJobFlags(ClusterConfig, ReshardFlags):
 ModelJobFlags = InferJobFlags | BenchJobFlags
 JobFlags = ModelJobFlags | ReshardJobFlags
 JOBS = {"infer": InferJobFlags, "bench": BenchJobFlags, "reshard": ReshardJobFlags}
-REPORTS = ("status", "logs", "cancel")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerbFlags(Flags):
-    """What stands first on the command line of `submit.py`."""
-
-    verb: Literal[(*JOBS, *REPORTS)] = flag(
-        REQUIRED, "infer, bench or reshard, to be run; status, logs or cancel, of a job", positional=True
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,4 +135,16 @@ class JobIdFlags(Flags):
 class StatusFlags(JobIdFlags):
     """`submit.py status`."""
 
-    json: bool = flag(False, "print JSON: of each job, or task of an array, what SLURM and its output say")
+    json: bool = flag(False, "print one JSON list, an object for each task, instead of lines")
+
+
+REPORTS = {"status": StatusFlags, "logs": JobIdFlags, "cancel": JobIdFlags}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerbFlags(Flags):
+    """What stands first on the command line of `submit.py`."""
+
+    verb: Literal[(*JOBS, *REPORTS)] = flag(
+        REQUIRED, "infer, bench or reshard, to be run; status, logs or cancel, of a job", positional=True
+    )

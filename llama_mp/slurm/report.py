@@ -1,6 +1,5 @@
 """What is told of a job after its submission: how far it is, its log, how it ended."""
 
-import json
 import re
 import shlex
 import shutil
@@ -9,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ class Answers:
         tasks = [""] if self.num_tasks is None else map(str, range(self.num_tasks))
         known = [status for task in tasks if (status := self.status(task))]
         if known:
-            done, of = (sum(status[key] for status in known) for key in ("done", "all"))
+            done, of = (sum(status[key] or 0 for status in known) for key in ("done", "all"))
             missing = "" if len(known) == (self.num_tasks or 1) else " of the tasks that have begun"
-            return f"{done} of {of} prompts{missing}"
+            return f"{done} of {of or '?'} prompts{missing}"
         if self.num_tasks is not None and self.output.is_file():  # all tasks are merged, and their own files gone
             with open(self.output, "rb") as lines:
                 return f"all {sum(1 for _ in lines)} prompts"
@@ -74,12 +74,14 @@ def answers_of(job: JobRecord) -> Answers | None:
 # ---- status --------------------------------------------------------------------------------------------------------
 
 
-def status(id: str, *, as_json: bool = False) -> None:
-    """Print how far job `id` is, a line for each task of an array and one for all of it."""
+def status(id: str, *, json: bool = False) -> None:
+    """Print how far job `id` is, a line for each task of an array and one for all of it.
+
+    `json`: for programs, a list of the records, each with what its task's .status file holds as `answers`."""
     jobs = cluster.jobs_of(id)
     answers = answers_of(jobs[0])
-    if as_json:
-        print(json.dumps([asdict(job) | {"answers": answers and answers.status(job.task)} for job in jobs]))
+    if json:
+        print(dumps([asdict(job) | {"answers": answers and answers.status(job.task)} for job in jobs]))
         return
     for job in jobs:
         print(line(job, answers and answers.status(job.task)))
@@ -93,7 +95,7 @@ def line(job: JobRecord, answers: dict[str, Any] | None = None) -> str:
     if job.restarts:
         parts.append(counted(job.restarts, "restart"))
     if answers:
-        parts.append(f"{answers['done']} of {answers['all']} prompts")
+        parts.append(f"{answers['done']} of {answers['all'] or '?'} prompts")
         if job.state == "RUNNING" and answers["code"] is None and answers["job"] == job.id.split("_")[0]:
             parts += rate(answers)
     if job.state == "PENDING" and job.start:
@@ -115,11 +117,12 @@ def parent(job: JobRecord) -> str:
 
 
 def rate(answers: dict[str, Any]) -> Iterator[str]:
-    """The speed of a running attempt, and when it would be done if it went on like that."""
-    if answers["tokens_per_s"]:
+    """The speed of a running attempt, and when it would be done if it went on like that; both once it has begun."""
+    if answers.get("tokens_per_s"):
         yield f"{answers['tokens_per_s']:.1f} tokens/s"
-    finished, elapsed_s = answers["done"] - answers["done_before"], answers["updated"] - answers["started"]
-    if finished > 0:
+    finished = answers["done"] - answers["done_before"]
+    if finished > 0 and answers["all"]:
+        elapsed_s = answers["updated"] - answers["started"]
         end = answers["updated"] + (answers["all"] - answers["done"]) * elapsed_s / finished
         yield f"ends about {datetime.fromtimestamp(end):%Y-%m-%d %H:%M}"
 
