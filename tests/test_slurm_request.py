@@ -259,7 +259,7 @@ def test_a_job_is_submitted_as_it_is_shown_and_waited_for(
 
 
 def test_what_there_is_to_be_told_of_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(report, "status", lambda id, as_json: print("status", id, as_json))
+    monkeypatch.setattr(report, "status", lambda id, json: print("status", id, json))
     for name in ("logs", "cancel"):
         monkeypatch.setattr(report, name, lambda id, name=name: print(name, id))
     assert submit(monkeypatch, capsys, "status", "12")[1] == "status 12 False\n"
