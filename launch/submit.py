@@ -9,12 +9,13 @@ Examples:
 """
 
 import sys
+from dataclasses import asdict
 from functools import partial
 
 from llama_mp import cli
 from llama_mp.errors import RequestError
 from llama_mp.slurm import cluster, report
-from llama_mp.slurm.flags import JOBS, JobFlags, JobIdFlags, StatusFlags, VerbFlags
+from llama_mp.slurm.flags import JOBS, REPORTS, JobFlags, JobIdFlags, VerbFlags
 from llama_mp.slurm.request import job_of
 from llama_mp.slurm.script import render
 
@@ -33,31 +34,20 @@ def submit(verb: str, flags: JobFlags) -> None:
         report.wait(id)
 
 
-def status(flags: StatusFlags) -> None:
-    report.status(flags.id, json=flags.json)
-
-
-def logs(flags: JobIdFlags) -> None:
-    report.logs(flags.id)
-
-
-def cancel(flags: JobIdFlags) -> None:
-    report.cancel(flags.id)
+def tell(verb: str, flags: JobIdFlags) -> None:
+    getattr(report, verb)(**asdict(flags))
 
 
 def refuse(flags: VerbFlags) -> None:
     raise RequestError(f"write the verb first: python {sys.argv[0]} {flags.verb} --name value ...")
 
 
-VERBS = {verb: (flags_class, partial(submit, verb)) for verb, flags_class in JOBS.items()}
-VERBS |= {"status": (StatusFlags, status), "logs": (JobIdFlags, logs), "cancel": (JobIdFlags, cancel)}
-
-
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in VERBS:
-        flags_class, run = VERBS[verb]
-        cli.main(flags_class, run, argv=sys.argv[2:], program=f"{sys.argv[0]} {verb}", summary=__doc__)
+    for verbs, run in ((JOBS, submit), (REPORTS, tell)):
+        if verb in verbs:
+            program = f"{sys.argv[0]} {verb}"
+            cli.main(verbs[verb], partial(run, verb), argv=sys.argv[2:], program=program, summary=__doc__)
     cli.main(VerbFlags, refuse, argv=sys.argv[1:2], summary=__doc__)
 
 

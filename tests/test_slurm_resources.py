@@ -95,6 +95,8 @@ def test_nodes_and_gpus(words: str, site: dict[str, Any], expected: tuple[int, i
         ("--gpu V100 --dtype bf16", {}, "--dtype bf16, but Tesla V100 16GB computes no bf16: use --dtype fp16"),
         ("--gpu A100 --vram_gib 40", {}, "--gpu and --vram_gib are both given: drop one"),
         ("--nodes 65", {}, "no number of ranks up to 64, the heads of 65B, suits: give --mp"),
+        ("--nodes 65 --gpu A100", {}, "no number of ranks up to 64, the heads of 65B, suits: give --mp"),
+        ("--nodes 2 --vram_gib 2", {}, "65B over 8 ranks in fp16 does not fit"),
         ("--device cpu --gpus_per_node 2", {}, "--gpus_per_node with --device cpu: the GPUs would be idle"),
         ("--device cpu --gpu A100", {}, "--gpu with --device cpu"),
         ("--device cpu --nodes 2", {}, "1 rank over 2 nodes: give --mp 2, as many for each"),

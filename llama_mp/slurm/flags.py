@@ -114,7 +114,8 @@ class ReshardJobFlags(ClusterConfig, ReshardFlags):
     """`submit.py reshard`."""
 
 
-JobFlags = InferJobFlags | BenchJobFlags | ReshardJobFlags
+ModelJobFlags = InferJobFlags | BenchJobFlags
+JobFlags = ModelJobFlags | ReshardJobFlags
 JOBS = {"infer": InferJobFlags, "bench": BenchJobFlags, "reshard": ReshardJobFlags}
 
 

@@ -88,9 +88,11 @@ def plain(name: str) -> str:
 
 
 def check_log_dir(log_dir: Path) -> None:
-    """Raise RequestError where SLURM would look for the log elsewhere: it takes a relative path for one of the folder
-    of submission, and replaces %j and its like in that folder's name too."""
-    if not log_dir.is_absolute() and "%" in str(Path.cwd()):
-        raise RequestError(f"SLURM replaces what follows a % in {Path.cwd()}: give --log_dir with its whole path")
-    if "\\" in str(log_dir.absolute()):
-        raise RequestError(f"--log_dir {log_dir.absolute()}: SLURM writes no log where a name has a \\; give another")
+    """Raise RequestError where the log would be lost: SLURM writes none to a path with a backslash, replaces %j and its
+    like in the folder of submission too, and forgets in `scontrol show job` that %% stands for %."""
+    for character in "%\\":
+        if character in str(log_dir.absolute()):
+            raise RequestError(
+                f"--log_dir {log_dir.absolute()}: SLURM loses a log that has {character} in its folder's name; "
+                "give another folder, with its whole path"
+            )

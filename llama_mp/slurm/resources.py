@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 from llama_mp.advice import Device, tokens_per_s
 from llama_mp.errors import RequestError, counted
@@ -9,7 +10,7 @@ from llama_mp.fit import as_flags
 from llama_mp.gpus import Gpu, card_of
 from llama_mp.memory import check_layout, host_bytes
 from llama_mp.plan import Plan
-from llama_mp.slurm.flags import ClusterConfig, NodesConfig
+from llama_mp.slurm.flags import ClusterConfig, ModelJobFlags, ReshardJobFlags
 from llama_mp.slurm.site import Site
 from llama_mp.slurm.work import Work
 
@@ -42,7 +43,7 @@ class Resources:
 class Demand:
     """The flags of a job that runs a model, the site, and the work, where it is known."""
 
-    flags: NodesConfig
+    flags: ModelJobFlags
     site: Site
     work: Work | None
 
@@ -115,7 +116,7 @@ class Demand:
         is_as_given = self.on_cpu or self.flags.gpus_per_node in (None, per_node)
         return (nodes, per_node) if left == 0 and per_node <= self.most_per_node and is_as_given else None
 
-    def refuse_spread(self, ranks: int) -> tuple[int, int]:
+    def refuse_spread(self, ranks: int) -> NoReturn:
         nodes = self.flags.nodes or -(-ranks // self.most_per_node)
         per_node = self.flags.gpus_per_node or -(-ranks // nodes)
         total = nodes * per_node
@@ -137,14 +138,16 @@ class Demand:
     def fewest(self) -> int:
         """The smallest number of ranks that the nodes can be given, and that fits. Raises RequestError for none."""
         config, shards = self.work.config, self.work.num_files or self.work.config.native_mp
-        for ranks in range(1, config.num_heads + 1):
-            if self.spread_of(ranks) and (ranks >= shards if self.card is None else self.fits(ranks)):
+        possible = [ranks for ranks in range(1, config.num_heads + 1) if self.spread_of(ranks)]
+        for ranks in possible:
+            if ranks >= shards if self.card is None else self.fits(ranks):
                 return ranks
-        if self.card is None or self.work.force:
+        if not possible or self.card is None or self.work.force:
             raise RequestError(
                 f"no number of ranks up to {config.num_heads}, the heads of {config.name}, suits: give --mp"
             )
-        raise self.does_not_fit(min(self.most_per_node, config.num_heads))
+        on_one_node = [ranks for ranks in possible if ranks <= self.most_per_node]
+        raise self.does_not_fit(max(on_one_node or possible[:1]))
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
@@ -198,7 +201,7 @@ class Demand:
         return rounded_up(self.work.checkpoint_bytes / STORAGE_BYTES_PER_S + self.work.tokens / (speed * SPEED))
 
 
-def reshard_resources(flags: ClusterConfig, site: Site, num_bytes: int | None) -> Resources:
+def reshard_resources(flags: ReshardJobFlags, site: Site, num_bytes: int | None) -> Resources:
     """One node, no GPU. `num_bytes`: to read and to write; None where the input is not there yet."""
     if num_bytes is None and flags.time is None:
         raise RequestError(f"no checkpoint at {flags.input} yet, so nothing can be planned: give --time")

@@ -1,8 +1,8 @@
 """A job as the text of its batch script: a pure function. What the job does is in the supervisor, not in bash.
 
-How sbatch reads an #SBATCH line was tried on 22.05: blanks end a value and # begins a comment unless quotes stand
-around them; a backslash, inside either kind of quotes too, is taken off and the character after it kept. In the name of
-a log, %x is replaced and %% stands for %, but any backslash left in it turns both off.
+How sbatch reads an #SBATCH line (its opt.c, and tried on 22.05): blanks end a value and # begins a comment, unless
+quotes stand around them; a backslash, inside either kind of quotes too, is taken off and the character after it kept.
+In the name of a log, %x is replaced and %% stands for %, but any backslash left in it turns both off.
 """
 
 import re

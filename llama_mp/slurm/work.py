@@ -18,7 +18,7 @@ from llama_mp.parts import Parts, size_bytes
 from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt
 from llama_mp.reshard_request import ReshardFlags, check_output, check_request, is_finished
 from llama_mp.run_file import as_read_back, check_same_run
-from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, NodesConfig
+from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, ModelJobFlags
 
 BENCH_RUNS = 4  # one warms up
 TEMPLATE_TOKENS = 64  # at most, around a message
@@ -137,7 +137,7 @@ def reshard_bytes(flags: ReshardFlags, *, may_be_absent: bool) -> tuple[str, int
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def find(flags: NodesConfig, locate: Callable[[RunConfig], Checkpoint], notes: list[str]) -> Located | None:
+def find(flags: ModelJobFlags, locate: Callable[[RunConfig], Checkpoint], notes: list[str]) -> Located | None:
     """The model, and where its files lie. Raises RequestError where they do not, unless another job is to write them
     first, or the script is only to be seen."""
     if flags.after is not None and flags.ckpt_dir is not None and not flags.ckpt_dir.exists():
@@ -152,13 +152,13 @@ def find(flags: NodesConfig, locate: Callable[[RunConfig], Checkpoint], notes: l
     return whole_config(checkpoint), checkpoint
 
 
-def shape_alone(flags: NodesConfig) -> Located:
+def shape_alone(flags: ModelJobFlags) -> Located:
     config = load_size(flags.size)
     check_context(flags, config)
     return config, None
 
 
-def work(flags: NodesConfig, located: Located, *, num_rows: int, seq_len: int, tokens: int) -> Work:
+def work(flags: ModelJobFlags, located: Located, *, num_rows: int, seq_len: int, tokens: int) -> Work:
     config, checkpoint = located
     files = checkpoint.files if checkpoint else ()
     num_bytes = sum(file.stat().st_size for file in files)
