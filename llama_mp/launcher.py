@@ -63,6 +63,7 @@ def launch(ranks: int) -> int:
     """Run this same command line under torchrun, on `ranks` ranks and a free port. Returns the exit code.
 
     A rank that ended with a code of ours has said why; for one that was killed, this raises RunError."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else ranks that leave after the store tell of it at length
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run

@@ -102,6 +102,11 @@ def expected(model: Path) -> dict[str, str]:
     return answers_here(model, PROMPTS, GEN_LEN)
 
 
+@pytest.fixture(scope="session")
+def long_expected(model: Path) -> dict[str, str]:
+    return answers_here(model, PROMPTS, LONG_GEN_LEN)
+
+
 @pytest.fixture
 def folder(slurm: SlurmCluster, tmp_path: Path) -> Folder:
     path = tmp_path / "a user's folder"
@@ -117,6 +122,13 @@ def batch(model: Path, *flags: str) -> list[str | Path]:
     words = ["infer", "--ckpt_dir", model, "--prompts_file", "prompts.jsonl", "--output", "out.jsonl", *GREEDY]
     size = ["--max_gen_len", str(GEN_LEN), "--max_batch_size", "2"]
     return [*words, *size, *([] if "--nodes" in flags else ["--nodes", "2", "--gpus_per_node", "1"]), *flags]
+
+
+def long_batch(model: Path, *flags: str) -> list[str | Path]:
+    """One that takes longer than SLURM needs to notice things: half a minute."""
+    words = [str(LONG_GEN_LEN) if word == str(GEN_LEN) else word for word in batch(model, *flags)]
+    words[words.index("--max_batch_size") + 1] = "1"
+    return words
 
 
 # ---- one model over several nodes --------------------------------------------------------------------------------
@@ -185,13 +197,11 @@ def test_a_rank_that_dies_is_named_within_seconds(folder, model):
     assert folder.num_done() == folder.status()["done"] >= ENOUGH
 
 
-def test_a_job_outlasts_its_time_limit(folder, model):
+def test_a_job_outlasts_its_time_limit(folder, model, long_expected):
     """SLURM looks every 30 s whether a limit is near: this job takes longer, and has made some progress by then."""
-    words = [str(LONG_GEN_LEN) if word == str(GEN_LEN) else word for word in batch(model, "--time", "1")]
-    words[words.index("--max_batch_size") + 1] = "1"
-    job = folder.job(*words)
+    job = folder.job(*long_batch(model, "--time", "1"))
     folder.ended(job, timeout=300)
-    assert folder.answers() == answers_here(model, PROMPTS, LONG_GEN_LEN)
+    assert folder.answers() == long_expected
     assert int(folder.slurm.field(job, "Restarts")) >= 1
     assert "at the time limit" in folder.log()
 
@@ -223,20 +233,19 @@ def test_a_rank_without_a_gpu_of_its_own_does_not_start(folder, model):
     assert "error: node n1 has 2 GPUs for 1 rank" in folder.log()
 
 
-def test_a_node_that_is_thought_lost_and_goes_on_spoils_nothing(folder, model, expected):
+def test_a_node_that_is_thought_lost_and_goes_on_spoils_nothing(folder, model, long_expected):
     """The first node's daemon dies, and with it SLURM's knowledge of what goes on there: rank 0, and the supervisor."""
-    job = folder.job(*batch(model, "--time", "10"))
+    job = folder.job(*long_batch(model, "--time", "10"))
     folder.until_in_the_middle()
     lost = folder.slurm.field(job, "BatchHost")
     folder.slurm.lose(lost)
     folder.slurm.until(lambda: folder.slurm.field(job, "Restarts") == "1", "a second start", 60)
-    assert folder.slurm.strays(lost), "the first attempt is still there"
-    folder.slurm.until_state(job, "COMPLETED", timeout=120)
-    assert folder.answers() == expected
+    assert folder.slurm.strays(lost), "the first attempt has ended already"
+    folder.slurm.until_state(job, "COMPLETED", timeout=150)
     folder.slurm.power_on(lost)
     folder.slurm.set_up(lost)
-    folder.slurm.until(lambda: not folder.slurm.strays(), "end of all processes", 30)
-    assert folder.answers() == expected
+    folder.slurm.until(lambda: not folder.slurm.strays(), "end of all processes", 60)
+    assert folder.answers() == long_expected
     assert folder.slurm.field(job, "Restarts") == "1"
 
 
