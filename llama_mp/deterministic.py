@@ -42,18 +42,20 @@ from llama_mp.runner import Runner
 from llama_mp.virtual import VIRTUAL_RANKS, played_by, slot_length
 
 
-def keep_to_one_way() -> None:
-    """Let torch compute on one thread, by algorithms that give the same bits each time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # all that is read has been written
+def keep_to_one_way(device: torch.device) -> None:
+    """Let torch compute on one thread, and on a GPU by algorithms that give the same bits each time."""
     torch.set_num_threads(1)
+    if device.type == "cuda":  # on a CPU one thread is enough, and this imports torch's compiler: 2 s and 70 MB a rank
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.utils.deterministic.fill_uninitialized_memory = False  # all that is read has been written
+        torch.use_deterministic_algorithms(True)
 
 
-def go_any_way(num_threads: int) -> None:
+def go_any_way(device: torch.device, num_threads: int) -> None:
     """End `keep_to_one_way`."""
-    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(num_threads)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(False)
 
 
 def total(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -102,7 +102,7 @@ class LLM:
         start, world = time.perf_counter(), self.world
         with world.together():
             if self.run.deterministic:
-                keep_to_one_way()
+                keep_to_one_way(world.device)
             check_layout(self.checkpoint.config, world.size, self.run.quant, self.run.deterministic)
             has_text = world.is_leader and self.checkpoint.tokenizer is not None
             self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if has_text else None
@@ -285,7 +285,7 @@ class LLM:
         self.store = None
         self.peak_memory.close()
         if self.run.deterministic:
-            go_any_way(threads_per_rank(self.world.local_size))
+            go_any_way(self.world.device, threads_per_rank(self.world.local_size))
 
     def close_alone(self) -> None:
         """After a failure: one rank alone can go on with another model; several may be out of step, and end."""

@@ -22,6 +22,7 @@ WITH_TORCH = [
     "llama_mp.measure",
     "llama_mp.ceiling",
     "llama_mp.llm",
+    "llama_mp.compare_logits",
     "llama_mp.deterministic",
     "llama_mp.engine",
     "llama_mp.offload",
