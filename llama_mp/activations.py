@@ -85,8 +85,9 @@ def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
 
 def sums_bytes(s: Sizes, num_tokens: int, num_parts: int) -> int:
     """Beside a pass, where a rank adds up `num_parts` parts in pairs, in fp32, and then the sums of all ranks: what is
-    added, and half as many sums."""
-    num_sums = num_parts + num_parts // 2 + (s.mp + s.mp // 2 if s.mp > 1 else 0)
+    added, and the sums of two rounds."""
+    own, others = (count + count // 2 + count // 4 for count in (num_parts, s.mp))
+    num_sums = own if s.mp == 1 else max(own, num_parts + others)
     return num_sums * num_tokens * s.C * FP32
 
 

@@ -79,10 +79,10 @@ def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     sizes = sizes_of(config, degree, workload.element_bytes, unit, on_cpu=workload.device == "cpu")._replace(mp=mp)
     length = workload.seq_len
     num_tokens = min(SCORED_CHUNK if workload.deterministic else PREFILL_CHUNK, length - 1)
-    passes = (prefill_bytes(sizes, num_tokens, length - 1), decode_bytes(sizes, workload.batch_size, length))
     sums = sums_bytes(sizes, num_tokens, degree // mp) if workload.deterministic else 0
+    passes = (prefill_bytes(sizes, num_tokens, length - 1) + sums, decode_bytes(sizes, workload.batch_size, length))
     workspace = CUBLAS_BYTES if workload.device == "cuda" else 0
-    return rotation_bytes(config, length) + workspace + unpacked_bytes(workload) + max(passes) + sums
+    return rotation_bytes(config, length) + workspace + unpacked_bytes(workload) + max(passes)
 
 
 def unpacked_bytes(workload: Workload) -> int:

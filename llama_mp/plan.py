@@ -132,6 +132,7 @@ class Plan:
             "mp": self.mp,
             "dtype": self.workload.dtype,
             "quant": self.workload.quant,
+            "deterministic": self.workload.deterministic,
             "batch_size": self.workload.batch_size,
             "seq_len": self.workload.seq_len,
             "per_rank": self.per_rank._asdict() | {"total_bytes": self.per_rank.total_bytes},

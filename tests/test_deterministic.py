@@ -7,11 +7,20 @@ import gguf
 import jobs
 import numpy as np
 import pytest
+import torch
 from factory import MODELS, hugging_face, meta_tensors, tiny, write_gguf, write_hf, write_meta
 from ranks import Ranks
+from test_activations import SMALL_CHANGE, allocated
 from test_parity import PROMPT, oracle, relative_error
 
-from llama_mp.config import SamplingConfig
+from llama_mp.activations import rotation_bytes
+from llama_mp.config import ModelConfig, SamplingConfig
+from llama_mp.deterministic import DeterministicRunner, allocate_cache, build_deterministic
+from llama_mp.dtypes import DTYPES
+from llama_mp.memory import Workload, pass_bytes, rank_memory
+from llama_mp.model import fill
+from llama_mp.offload import weight_bytes_of
+from llama_mp.virtual import virtual_shards
 
 DEGREES = (1, 2, 4, 8)
 NUM_STEPS = 4
@@ -78,3 +87,59 @@ def test_scores_of_a_prompt_change_nothing_else(ranks: Ranks, root: Path, tokeni
     done = ranks.run(1, jobs.batch, **asked, samplings=samplings, num_slots=1, deterministic=True)[0]
     assert done[0].logprobs == done[1].logprobs and done[0].tokens == done[1].tokens
     assert len(done[1].prompt_logprobs) == 149
+
+
+# ---- the real model ----------------------------------------------------------------------------------------------
+
+
+def bits_of_smollm2(ranks: Ranks, path: Path, mp: int, dtype: str, num_prompt: int, num_steps: int) -> bytes:
+    prompt = [(7 * i * i + 3) % 49152 for i in range(num_prompt)]
+    asked = {"paths": [path], "tokenizer": path, "prompt": prompt, "num_steps": num_steps, "dtype": dtype}
+    [logits] = ranks.run(mp, jobs.every_bit, **asked)[0]
+    assert logits.shape == (num_prompt + num_steps, 49152)
+    return logits.tobytes()
+
+
+def test_the_real_model(ranks: Ranks, smollm2_file: Path) -> None:
+    asked = {"dtype": "bf16", "num_prompt": 20, "num_steps": 2}
+    found = [bits_of_smollm2(ranks, smollm2_file, mp, **asked) for mp in (1, 4)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_real_model_over_a_long_prompt(ranks: Ranks, smollm2_file: Path, dtype: str) -> None:
+    asked = {"dtype": dtype, "num_prompt": 200, "num_steps": 16}
+    alone, *others = (bits_of_smollm2(ranks, smollm2_file, mp, **asked) for mp in DEGREES)
+    assert [other == alone for other in others] == [True] * 3
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------------
+
+
+def held_and_peaks(config: ModelConfig, dtype: torch.dtype, length: int) -> tuple[int, int, int]:
+    """In a rank: bytes of its weights and its cache, and the peak of the passes over a prompt."""
+    world = jobs.connect(jobs.RunConfig(device="cpu"))
+    torch.set_num_threads(1)
+    model, cpu = build_deterministic(config, world.size, precision=dtype), torch.device("cpu")
+    wanted = virtual_shards(config, world.rank, world.size)
+    fill(model, {name: torch.rand(shard.shape).to(dtype) / 99 for name, shard in wanted.items()})
+    cache = allocate_cache(config, world.size, num_slots=1, max_seq_len=length, dtype=dtype, device=cpu)
+    runner = DeterministicRunner(config, model, cache)
+    runner.prefill([1, 2], slot=0, start=0, all_logits=False)  # what is made once, by the first pass
+    peak, _ = allocated(lambda: runner.prefill([7] * (length - 1), slot=0, start=0, all_logits=False))
+    world.close()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in cache.keys}
+    return weight_bytes_of(model), 2 * sum(storages.values()), peak
+
+
+@pytest.mark.parametrize("mp", [1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_held_is_what_is_planned(ranks: Ranks, dtype: str, mp: int) -> None:
+    config, length = tiny("wide", 10, 5, head_dim=32, hidden_dim=1000, vocab_size=900, tied_embeddings=True), 200
+    weights, cache, peak = ranks.run(mp, held_and_peaks, config=config, dtype=DTYPES[dtype], length=length)[0]
+    workload = Workload(dtype=dtype, seq_len=length, device="cpu", deterministic=True)
+    planned = rank_memory(config, mp, workload)
+    assert (weights, cache) == planned[:2]
+    passes = pass_bytes(config, mp, workload) - rotation_bytes(config, length)
+    assert 0.5 * passes < peak < passes + SMALL_CHANGE
