@@ -155,7 +155,9 @@ def test_the_chat_format_asked_for_is_taken():
         pass
 
 
-@pytest.mark.parametrize("flags", [{"dtype": "fp32"}, {"chat": True}, {"max_seq_len": 99}, {"prompt": "Ho"}])
+@pytest.mark.parametrize(
+    "flags", [{"dtype": "fp32"}, {"chat": True}, {"max_seq_len": 99}, {"prompt": "Ho"}, {"deterministic": True}]
+)
 def test_what_changes_results_changes_the_run(checkpoint, flags):
     assert identity_of(checkpoint, **flags) != identity_of(checkpoint)
 

@@ -61,6 +61,13 @@ def test_the_same_bits_at_every_degree(ranks: Ranks, root: Path, tokenizer_file:
         assert first[len(PROMPT) - 1 :].argmax(-1).tolist() == tokens[: NUM_STEPS + 1]
 
 
+def test_the_same_bits_over_gloo(ranks: Ranks, root: Path, tokenizer_file: Path) -> None:
+    asked = {"paths": sources("gqa", root)[:1], "tokenizer": tokenizer_file, "prompt": PROMPT, "num_steps": 1}
+    [alone] = ranks.run(1, jobs.every_bit, **asked)[0]
+    [over_2] = ranks.run(2, jobs.every_bit_over_gloo, **asked)[0]
+    assert over_2.tobytes() == alone.tobytes()
+
+
 def prompt_of(length: int) -> list[int]:
     return [(7 * i * i + 3 * length) % 331 for i in range(length)]
 

@@ -110,6 +110,7 @@ def test_ids_that_are_none(id: str) -> None:
         ("--ckpt_dir", "tiny", "--prompt", "x", "--mp", "9"),
         ("--ckpt_dir", "tiny", "--prompt", "x", "--chat"),
         ("--ckpt_dir", "tiny", "--prompt", "x", "--mp", "2", "--quant", "int4"),
+        ("--ckpt_dir", "tiny", "--prompt", "x", "--mp", "3", "--deterministic"),
         ("--prompt", "x", "--prompts_file", "p.txt"),
     ],
     ids=lambda words: " ".join(words)[:40],
