@@ -16,7 +16,7 @@ DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 SPEAK_GRACE_S = 5.0
 OUT_OF_MEMORY = "not enough memory"
 NODES = "LLAMA_MP_NODES"  # in the environment of a job's step: its nodes in order, with commas
-LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started
+LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started: a file for what one has said
 
 
 class RequestError(ValueError):
@@ -62,12 +62,24 @@ def rank_zero_speaks() -> bool:
 
 
 _may_speak = rank_zero_speaks
+_place: Callable[[], str] | None = None
 
 
 def set_speaker(may_speak: Callable[[], bool]) -> None:
     """Let `may_speak` decide, once an error has come, whether this rank is the one that prints it."""
     global _may_speak
     _may_speak = may_speak
+
+
+def set_place(place: Callable[[], str]) -> None:
+    """Let unexpected errors begin with what `place` then says: which of several ranks this is, and how far it is."""
+    global _place
+    _place = place
+
+
+def may_speak() -> bool:
+    """Whether this rank is the one to print an error. It then has to, as no other will."""
+    return _may_speak()
 
 
 def this_process() -> str:
@@ -95,10 +107,13 @@ def report(error: BaseException) -> int:
     if not is_first:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(SPEAK_GRACE_S)
-    is_own = NODES in os.environ and "RANK" in os.environ and not isinstance(error, RequestError)
+    is_own = _place is not None and not isinstance(error, RequestError | RunError)
     if is_own or not is_first:
-        text = f"{this_process()}: {text}"
+        text = f"{_place() if is_own else this_process()}: {text}"
     print(f"error: {text}", file=sys.stderr, flush=True)
+    if LAUNCHED in os.environ:
+        with contextlib.suppress(OSError), open(os.environ[LAUNCHED], "a") as said:
+            said.write(f"{text}\n")
     return exit_code(error)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 
 from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError, set_speaker
 from llama_mp.slurm.roll_call import Step, call_roll
@@ -68,23 +69,25 @@ def launch(ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    os.environ[LAUNCHED] = "1"
     logging.disable()  # all of it: torch's loggers have levels of their own, and this process does nothing else
     arguments = [argument.replace("$", "$$") for argument in sys.argv]  # torchrun reads them as string.Template
     command = [*rendezvous(ranks), *arguments]
-    try:
-        run(get_args_parser().parse_args(command))
-    except ChildFailedError as error:
-        return code_of(error)
-    except SignalException as error:
-        return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
+    with tempfile.NamedTemporaryFile(prefix="llama-mp-") as said:
+        os.environ[LAUNCHED] = said.name
+        try:
+            run(get_args_parser().parse_args(command))
+        except ChildFailedError as error:
+            return code_of(error, is_said=os.stat(said.name).st_size > 0)
+        except SignalException as error:
+            return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
 
 
-def code_of(error: "ChildFailedError") -> int:  # noqa: F821  torch is imported in `launch` alone
-    """The exit code of the rank that failed first. Raises RunError when a signal killed it: it could not say so."""
+def code_of(error: "ChildFailedError", *, is_said: bool) -> int:  # noqa: F821  torch is imported in `launch` alone
+    """The exit code of the rank that failed first. Raises RunError when a signal killed it, unless another rank has
+    said why: it ends ranks that do not answer."""
     rank, failure = error.get_first_failure()
-    if failure.exitcode < 0:
+    if failure.exitcode < 0 and not is_said:
         name, step = signal.Signals(-failure.exitcode).name, Step.of_environment()
         place = f"rank {rank} on {step.name}" if step else f"rank {rank}"
         set_speaker(lambda: True)  # of all nodes only this one knows

@@ -9,6 +9,7 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from llama_mp import liveness
 from llama_mp.cache import KVCache
 from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import ModelConfig
@@ -45,8 +46,9 @@ class Runner:
             mask=mask,
             is_causal=start == 0 and len(tokens) > 1,
         )
-        x_NC = self.model(torch.tensor(tokens, device=self.device), step, self.cache)
-        return self.logits(x_NC if all_logits else x_NC[-1:])
+        with liveness.step():
+            x_NC = self.model(torch.tensor(tokens, device=self.device), step, self.cache)
+            return self.logits(x_NC if all_logits else x_NC[-1:])
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor | None:
@@ -65,7 +67,8 @@ class Runner:
             length=length,
             mask=mask,
         )
-        return self.logits(self.model(torch.tensor(tokens, device=self.device), step, self.cache))
+        with liveness.step():
+            return self.logits(self.model(torch.tensor(tokens, device=self.device), step, self.cache))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let slot `target` hold what slot `source` holds in its first `length` positions."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llama_mp import world as world_module
 from llama_mp.checkpoint.meta import MetaSource
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
@@ -239,21 +238,20 @@ def silent_rank(step_timeout: float, silence: float) -> str:
         world.close()
 
 
-def patient(patience: float, pause: float, heart_stops: bool) -> str:
-    """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating, fast, or not."""
-    with patch.object(world_module, "HEARTBEAT_S", 0.2):
-        world = connect(RunConfig(device="cpu"))
-        world.patience_s = patience
-        try:
-            if world.is_leader:
-                if heart_stops:
-                    world.heartbeat.stop()
-                time.sleep(pause)
-            return world.tell("hello" if world.is_leader else None)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        finally:
-            world.close()
+def patient(limit: float, pause: float, heart_stops: bool) -> str:
+    """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating or not."""
+    world = connect(RunConfig(device="cpu", step_timeout=limit))
+    world.gather("all are heard")
+    try:
+        if world.is_leader:
+            if heart_stops:
+                world.pulse.is_over = True
+            time.sleep(pause)
+        return world.tell("hello" if world.is_leader else None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        world.close()
 
 
 def slow_leader(step_timeout: float, pause: float) -> list[Any]:

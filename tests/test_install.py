@@ -34,6 +34,7 @@ WITH_TORCH = [
     "llama_mp.cache",
     "llama_mp.parallel",
     "llama_mp.world",
+    "llama_mp.liveness",
     "llama_mp.shared_memory",
     "llama_mp.machine",
     "llama_mp.sampling",
@@ -130,6 +131,7 @@ WITHOUT_TORCH = [
     "llama_mp.pinning",
     "llama_mp.compiled",
     "llama_mp.cores",
+    "llama_mp.deaths",
     "llama_mp.errors",
     "llama_mp.version",
 ]
