@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-import tempfile
+import threading
 
 from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError, set_speaker
 from llama_mp.slurm.roll_call import Step, call_roll
@@ -50,6 +50,22 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def leave_at_the_second_interrupt() -> None:
+    """The first Ctrl-C lets torchrun end the ranks, for which it may wait half a minute. The second ends this process,
+    and the kernel with it the ranks."""
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)  # torchrun sets handlers of its own: this hears them all
+
+    def listen() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(wake, 1)[0] == signal.SIGINT
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
 def rendezvous(ranks: int) -> list[str]:
     """torchrun's flags for this node's share of `ranks`: alone on a free port, or with the other nodes of a job."""
     step = Step.of_environment()
@@ -72,14 +88,15 @@ def launch(ranks: int) -> int:
     logging.disable()  # all of it: torch's loggers have levels of their own, and this process does nothing else
     arguments = [argument.replace("$", "$$") for argument in sys.argv]  # torchrun reads them as string.Template
     command = [*rendezvous(ranks), *arguments]
-    with tempfile.NamedTemporaryFile(prefix="llama-mp-") as said:
-        os.environ[LAUNCHED] = said.name
-        try:
-            run(get_args_parser().parse_args(command))
-        except ChildFailedError as error:
-            return code_of(error, is_said=os.stat(said.name).st_size > 0)
-        except SignalException as error:
-            return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
+    said = os.memfd_create("llama-mp-said")  # gone with this process, whatever ends it
+    os.environ[LAUNCHED] = f"/proc/{os.getpid()}/fd/{said}"
+    leave_at_the_second_interrupt()
+    try:
+        run(get_args_parser().parse_args(command))
+    except ChildFailedError as error:
+        return code_of(error, is_said=os.fstat(said).st_size > 0)
+    except SignalException as error:
+        return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
 
 

@@ -1,10 +1,12 @@
 """launch/infer.py with something wrong with one rank: FAULT is its number, when, and what, as in "1 step-7 SIGSTOP"."""
 
+import errno
 import os
 import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 INFER = str(Path(__file__).resolve().parents[1] / "launch" / "infer.py")
 
@@ -36,6 +38,19 @@ def at_load(what: str) -> None:
     llm.load_shards = failing
 
 
+def at_write(what: str) -> None:
+    """No room is left for the fourth line."""
+    from llama_mp import lines
+
+    def write(file, line):
+        if Path(os.environ["FAULT_OUTPUT"]).read_bytes().count(b"\n") < 3:
+            return os.write(file, line)
+        Path(os.environ["FAULT_MARK"]).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    lines.os = SimpleNamespace(**{**vars(os), "write": write})
+
+
 def at_step(number: int, what: str) -> None:
     """In the model's first layer, between two collectives."""
     from llama_mp import liveness, model
@@ -52,5 +67,6 @@ def at_step(number: int, what: str) -> None:
 
 rank, when, what = os.environ["FAULT"].split()
 if os.environ.get("RANK") == rank:
-    at_load(what) if when == "load" else at_step(int(when.removeprefix("step-")), what)
+    number = when.removeprefix("step-")
+    at_step(int(number), what) if number.isdigit() else {"load": at_load, "write": at_write}[when](what)
 exec(compile(Path(INFER).read_text(), INFER, "exec"))  # runpy would put its name into sys.argv, which is run again

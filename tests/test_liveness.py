@@ -1,6 +1,8 @@
 """A run in which one rank is lost ends soon, says which and why in one line, and leaves nothing behind."""
 
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from running import ROOT, TORCHRUN, Done, start
+from running import INFER, ROOT, TORCHRUN, Done, start
 
 FAULTY = str(ROOT / "tests" / "faulty.py")
 TIMEOUT_S = 5
@@ -39,6 +41,9 @@ FAULTS = [
     both("1 load raise", "rank 1: unexpected ZeroDivisionError: made to fail")[False],
     both("1 step-7 raise", "rank 1 on .*, in step 7: unexpected ZeroDivisionError: made to fail")[False],
     both("1 step-7 hang", "rank 1 on .* did not come to step 7, all-reduce")[True],
+    both("0 write full", "out.jsonl cannot be written: No space left on device; the 3 finished prompts in it are kept")[
+        0
+    ],
     both("1 step-7 memory", "rank 1 on .*, in step 7: not enough memory")[False],
 ]
 SLOW = [
@@ -50,25 +55,28 @@ SLOW = [
 class Ended(NamedTuple):
     done: Done
     seconds: float  # since the fault
+    output: bytes
     living: list[int]
     shared: list[str]  # files of shared memory that were not there before
 
 
 def shared_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+    """But for the semaphores of the tests' own pools."""
+    return {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.mp-")}
 
 
 def run_with(fault: Fault, model: Path, folder: Path) -> Ended:
-    mark, before = folder / "mark", shared_files()
-    words = [FAULTY, "--ckpt_dir", model, "--prompt", "a", "--max_gen_len", "100", "--temperature", "0"]
-    words += ["--device", "cpu", "--step_timeout", str(TIMEOUT_S)]
+    mark, output, before = folder / "mark", folder / "out.jsonl", shared_files()
+    (folder / "prompts.txt").write_text("a\n" * 6)
+    words = [FAULTY, "--ckpt_dir", model, "--prompts_file", folder / "prompts.txt", "--output", output]
+    words += ["--max_gen_len", "30", "--max_batch_size", "1", "--device", "cpu", "--step_timeout", str(TIMEOUT_S)]
     ranks = str(fault.ranks)
     begin = [TORCHRUN, "--standalone", "--nproc_per_node", ranks] if fault.by_torchrun else [sys.executable]
     own = [] if fault.by_torchrun else ["--mp", ranks]
-    started = start(*begin, *words, *own, FAULT=fault.what, FAULT_MARK=str(mark))
+    started = start(*begin, *words, *own, FAULT=fault.what, FAULT_MARK=str(mark), FAULT_OUTPUT=str(output))
     done = started.wait(timeout=120)
     seconds = time.time() - mark.stat().st_mtime
-    return Ended(done, seconds, started.living(), sorted(shared_files() - before))
+    return Ended(done, seconds, output.read_bytes(), started.living(), sorted(shared_files() - before))
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +93,55 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     [*(pytest.param(f, id=f.id) for f in FAULTS), *(pytest.param(f, id=f.id, marks=pytest.mark.slow) for f in SLOW)],
 )
 def test_a_lost_rank_ends_the_run_with_one_line(fault: Fault, ended: dict) -> None:
-    done, seconds, living, shared = ended[fault].result()
+    done, seconds, output, living, shared = ended[fault].result()
     assert done.code == 1
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     for said in fault.says:
         assert re.search(said, error), error
     assert (living, shared) == ([], [])
+    assert output == b"" or output.endswith(b"\n")
     assert seconds < LIMIT_S
+
+
+# ---- what comes from outside -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_ranks_do_not_outlive_who_started_them(by_torchrun: bool) -> None:
+    begin = [TORCHRUN, "--standalone", "--nproc_per_node", "2"] if by_torchrun else [sys.executable]
+    flags = ["--prompt", "Once upon a time", "--max_gen_len", "4000", *([] if by_torchrun else ["--mp", "2"])]
+    before = shared_files()
+    started = start(*begin, INFER, *flags)
+    assert started.first_byte()
+    assert len(started.living()) == 3
+    started.process.kill()
+    started.process.wait()
+    deadline = time.monotonic() + 5
+    while started.living() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (started.living(), shared_files() - before) == ([], set())
+
+
+def test_a_reader_that_leaves_ends_all_ranks() -> None:
+    started = start(sys.executable, INFER, "--mp", "2", "--prompt", "Once upon a time", "--max_gen_len", "4000")
+    assert started.first_byte()
+    started.process.stdout.close()
+    assert started.process.wait(LIMIT_S) == 1
+    assert "error: " not in started.process.stderr.read()
+    assert started.living() == []
+
+
+def test_ctrl_c_twice_ends_at_once() -> None:
+    """A rank is stopped, which cannot end by itself: the first Ctrl-C waits for it."""
+    started = start(sys.executable, INFER, "--mp", "2", "--prompt", "Once upon a time", "--max_gen_len", "4000")
+    assert started.first_byte()
+    (rank, _) = sorted(set(started.living()) - {started.process.pid})
+    os.kill(rank, signal.SIGSTOP)
+    os.kill(started.process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    begin = time.monotonic()
+    os.kill(started.process.pid, signal.SIGINT)
+    assert started.wait(timeout=60).code == 130
+    assert time.monotonic() - begin < 5
+    time.sleep(0.2)
+    assert started.living() == []
