@@ -96,6 +96,11 @@ def test_the_first_failure_counts(capfd):
     assert capfd.readouterr().err == lines
 
 
+def test_an_error_in_json_is_one_too():
+    line = '{"time": 1.5, "rank": 1, "kind": "error", "text": "no \\u00e9"}'
+    assert ran(f"import sys; sys.stderr.write({line!r} + chr(10)); sys.exit(1)")[1].error == "no \u00e9"
+
+
 def test_a_task_that_was_killed_is_a_failure():
     assert ran("import sys; sys.stderr.write('srun: error: n1: task 0: Killed\\n'); sys.exit(137)")[0] == 1
     assert ran("raise SystemExit(5)")[0] == 5

@@ -8,6 +8,7 @@ finished before it. A user's scancel, and what SLURM requeues by itself, are lef
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -146,8 +147,7 @@ class Step:
 
     def read(self, lines: IO[str]) -> None:
         for line in lines:
-            if line.startswith("error: ") and self.error is None:
-                self.error = line.removeprefix("error: ").strip()
+            self.error = self.error or error_in(line)
             if self.code is None and (ended := TASK_ENDED.match(line)):
                 self.code = int(ended[2] or RUN_FAILED)
             sys.stderr.write(line)
@@ -166,6 +166,16 @@ class Step:
         self.reader.join(STOP_S)
         code = self.process.returncode
         return self.code or (code if code >= 0 else 128 - code)
+
+
+def error_in(line: str) -> str | None:
+    """The text of an error that a rank tells, plainly or with --log_json."""
+    if line.startswith("error: "):
+        return line.removeprefix("error: ").strip()
+    if line.startswith('{"time": ') and '"kind": "error"' in line:
+        with contextlib.suppress(ValueError):
+            return json.loads(line)["text"]
+    return None
 
 
 # ---- what follows ------------------------------------------------------------------------------------------------
