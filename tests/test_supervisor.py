@@ -35,6 +35,7 @@ def test_the_step_is_a_task_on_each_node():
     one, two = step_command(job_of(JOB, ["n1"]), ["verb"]), step_command(job_of(TASK, ["n1", "n2"]), ["verb", "a b"])
     assert one[-1:] == ["verb"] and "--ntasks=1" in one and not any("cpus" in word for word in one)
     assert two[-3:] == ["--cpus-per-task=6", "verb", "a b"] and {"--nodes=2", "--kill-on-bad-exit=1"} < set(two)
+    assert "--export=ALL" in one  # whatever the site exports to jobs
 
 
 def test_the_step_learns_who_it_is():
