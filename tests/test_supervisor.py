@@ -42,9 +42,10 @@ def test_the_step_learns_who_it_is():
     told = step_environment(job_of(TASK, ["n1", "n2"]), "10.0.0.1")
     assert told["LLAMA_MP_NODES"] == "n1,n2" and told["MASTER_ADDR"] == "10.0.0.1"
     assert (told["LLAMA_MP_ATTEMPT"], told["LLAMA_MP_SHARE"]) == ("12_7-1", "2/4")
-    jobs = [job_of(JOB | {"SLURM_RESTART_COUNT": str(n)}, ["n1"]) for n in range(9)]
+    jobs = [job_of(JOB | {"SLURM_RESTART_COUNT": str(n)}, ["n1"]) for n in range(8)] + [job_of(TASK, ["n1"])]
+    jobs += [job_of(TASK | {"SLURM_JOB_ID": "16"}, ["n1"])]  # it may share its first node with another task
     ports = {step_environment(job, "a")["MASTER_PORT"] for job in jobs}
-    assert len(ports) == 9 and all(10_000 <= int(port) < 30_000 for port in ports)
+    assert len(ports) == len(jobs) and all(10_000 <= int(port) < 30_000 for port in ports)
     assert "LLAMA_MP_SHARE" not in step_environment(job_of(JOB, ["n1"]), "a")
 
 

@@ -76,8 +76,9 @@ def job_of(environment: Mapping[str, str], nodes: Sequence[str]) -> Job:
 
 def step_environment(job: Job, address: str) -> dict[str, str]:
     """What the step's processes find beside SLURM's own variables."""
-    id, restarts = re.match(r"(\d+).*-(\d+)", job.attempt).groups()
-    port = FIRST_PORT + (int(id) + 7919 * int(restarts)) % NUM_PORTS  # another one after a restart: it may be taken
+    restarts = int(job.attempt.rpartition("-")[2])
+    # Another one for each task of an array, as several may begin on one node; and after a restart: it may be taken.
+    port = FIRST_PORT + (int(job.id) + 7919 * restarts) % NUM_PORTS
     variables = {NODES: ",".join(job.nodes), ATTEMPT: job.attempt}
     variables |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     return variables | ({SHARE: job.share} if job.share else {})
