@@ -5,7 +5,18 @@ import sys
 import pytest
 
 from llama_mp.errors import RequestError
-from llama_mp.slurm.supervisor import End, Job, Step, job_of, next_move, step_command, step_environment
+from llama_mp.slurm.supervisor import (
+    End,
+    Job,
+    Now,
+    Step,
+    Supervisor,
+    SupervisorFlags,
+    job_of,
+    next_move,
+    step_command,
+    step_environment,
+)
 
 JOB = {"SLURM_JOB_ID": "12"}
 TASK = {
@@ -76,6 +87,23 @@ PREEMPTED, LIMIT, SIGNAL = "by preemption", "at the time limit", "by a signal"
 def test_what_becomes_of_the_job(end, restarts, requeued, restarts_after):
     move = next_move(end, restarts, 3)
     assert (move.requeues, move.restarts) == (requeued, restarts_after), move
+
+
+@pytest.mark.parametrize(
+    ("signals", "is_preempted", "left_s", "told"),
+    [
+        ([], False, 1e6, None),
+        ([], True, 1e6, PREEMPTED),  # SLURM ended the step's tasks, and said nothing to the script
+        ([10], True, 8.0, PREEMPTED),
+        ([10], False, 100.0, LIMIT),
+        ([15], False, 1e6, SIGNAL),
+    ],
+)
+def test_how_an_attempt_was_stopped(signals, is_preempted, left_s, told):
+    supervisor = Supervisor(SupervisorFlags(), ["verb"])
+    for number in signals:
+        supervisor.note_signal(number, None)
+    assert supervisor.how_stopped(Now("RUNNING", 0, is_preempted, left_s)) == told
 
 
 def test_restarts_can_be_forbidden():

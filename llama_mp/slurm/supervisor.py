@@ -261,10 +261,10 @@ class Supervisor:
         return requeue(job) if move.requeues else code
 
     def how_stopped(self, state: Now) -> str | None:
+        if state.is_preempted:  # told to the step's tasks alone where SLURM has no preempt_send_user_signal
+            return "by preemption"
         if not self.signals:
             return None
-        if state.is_preempted:
-            return "by preemption"
         return "at the time limit" if state.left_s < NEAR_S else "by a signal"
 
 
