@@ -34,11 +34,6 @@ def write_status(output: Path, share=None, **changes) -> None:
     path.write_text(json.dumps(STATUS | changes))
 
 
-def write_lines(output: Path, attempt: str, count: int) -> None:
-    lines = "".join(f'{{"id": "{attempt}-{i}"}}\n' for i in range(count))
-    (parts_folder(output) / f"{attempt}.jsonl").write_text(lines + '{"id": "to')
-
-
 def test_a_line_for_each_state() -> None:
     assert report.line(FAILED) == "1  FAILED on n1, exit code 2"
     assert report.line(UNSTARTED) == "19  FAILED (JobLaunchFailure) on n1, signal 53"
@@ -99,21 +94,19 @@ def test_no_answers_are_found_where_the_script_is_not_shown_or_not_ours(monkeypa
 
 def test_totals(tmp_path: Path) -> None:
     output = tmp_path / "o.jsonl"
-    parts_folder(output).mkdir()
     one, array = report.Answers(output=output, num_tasks=None), report.Answers(output=output, num_tasks=2)
     assert one.total() == array.total() == "" and array.status("0-1") is None
     write_status(output)
     assert one.total() == "17 of 40 prompts"
-    write_lines(output, "35-0", 13)
-    assert one.total() == "18 of 40 prompts", "a prompt more than it had told, and 5 of attempts before"
-    write_lines(output, "35-1", 3)
-    assert one.total() == "18 of 40 prompts", "not told by the attempt that the status is of"
     write_status(output, (0, 2), done=3, all=20, done_before=0)
     assert array.total() == "3 of 20 prompts of the tasks that have begun"
     write_status(output, (1, 2), done=4, all=20, done_before=0)
     assert array.total() == "7 of 40 prompts" and array.status("1")["done"] == 4
-    write_lines(output, "35_1-0", 6)
-    assert array.status("1")["done"] == 6 and array.status("0")["done"] == 3
+    for attempt, count in (("35-0", 13), ("35-1", 3), ("35_1-0", 6)):  # answered, and not told yet
+        lines = [json.dumps({"id": str(i)}) for i in range(count)]
+        (parts_folder(output) / f"{attempt}.jsonl").write_text("\n".join([*lines, '{"id": "to']))
+    assert one.total() == "18 of 40 prompts", "5 of attempts before, and 13 of the one that the status is of"
+    assert array.total() == "9 of 40 prompts" and array.status("0")["done"] == 3
     for share in ((0, 2), (1, 2)):
         status_path(output, share).unlink()
     output.write_text("{}\n" * 40)  # all tasks are merged
