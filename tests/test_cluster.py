@@ -15,20 +15,6 @@ RECORDED = (ROOT / "tests" / "data" / "scontrol.txt").read_text().splitlines()
 HEAD = "#!/bin/bash\n#SBATCH --output=/dev/null\n"
 
 
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replaces SLURM's commands: `commands(name, script)`. Those that are not replaced are not there."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-
-    def replace(name, script):
-        folder.joinpath(name).write_text(f"#!/bin/sh\n{script}\n")
-        folder.joinpath(name).chmod(0o755)
-
-    return replace
-
-
 def shown(text, stream=1):
     """A shell command that prints `text`."""
     return "printf '%s\\n' '{}' >&{}".format(text.replace("'", "'\\''"), stream)

@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from llama_mp.errors import RequestError
 
@@ -32,6 +33,7 @@ NEVER = re.compile(
     "PartitionConfig|Partition(Node|Time)Limit|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|"
     "AccountNotAllowed|QOSNotAllowed|Job's_(account|QOS)_not_.*|(Assoc|QOS)\\w*PerJob(Limit)?"
 )
+PATIENCE_S, RETRY_S = 900.0, 5.0  # with a controller that is being restarted
 JUDGED_S = 1.0  # how long a scheduler is given to look at a new job
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and who asks
 CONFUSED = "Unable to contact|Could not establish|communication|[Tt]imed out|Zero Bytes|Connection refused"
@@ -39,6 +41,7 @@ UNKNOWN = "Invalid job id|Job \\S+ not found"
 # For what sbatch says, or the reason of a job that would never start: which flag of ours is meant.
 REMEDIES = {
     CONFUSED: "run it on a node of the cluster, a login node for one, and see whether `scontrol ping` answers",
+    "presently disabled": "leave --no-requeue out of the site file, and see JobRequeue in `scontrol show config`",
     "policy": "a limit of yours stands against it: `sacctmgr show assoc user=$USER` and `sacctmgr show qos` list them",
     "time ?limit|WallDuration": "lower --time, or give a --partition that allows it: `sinfo -o '%P %l'` shows limits",
     "partition name|partition specified|partition not": "give one of these as --partition: {partitions}",
@@ -49,6 +52,8 @@ REMEDIES = {
     ".*": "lower --nodes, --gpus_per_node, --cpus_per_node, --mem_gib or --time, or give another --partition: "
     "`sinfo -o '%P %D %c %m %G %l'` shows what there is",
 }
+
+T = TypeVar("T")
 
 
 class Unreachable(RequestError):
@@ -250,6 +255,21 @@ def call(*command: str, text: str = "") -> str:
         raise kind(f"{command[0]}: {said}; {remedy(said)}")
     print(done.stderr, end="", file=sys.stderr)
     return done.stdout
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask` returns, asked again while the controller does not answer. Raises what else `ask` raises."""
+    end, told = time.monotonic() + PATIENCE_S, False
+    while True:
+        try:
+            return ask()
+        except Unreachable as error:
+            if time.monotonic() > end:
+                raise
+            if not told:
+                print(f"{error}; asking again for {PATIENCE_S / 60:.0f} minutes", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(RETRY_S)
 
 
 def spoken(stderr: str) -> str:
