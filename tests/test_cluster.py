@@ -121,6 +121,14 @@ def test_variables_of_a_job_around_us_are_not_handed_on(commands, monkeypatch: p
     assert cluster.call("sbatch", "--parsable") == "12;xx\n"
 
 
+def test_a_users_defaults_for_sbatch_count_for_less_than_the_script(commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PARTITION", "TIMELIMIT", "NO_REQUEUE", "MEM_PER_NODE", "OPEN_MODE", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", name)
+    said = [f"#SBATCH --{option}" for option in ("partition=main", "time=5", "requeue", "mem=1M", "open-mode=append")]
+    commands("sbatch", "set | while read name; do case $name in SBATCH_*) echo $name;; esac; done")
+    assert cluster.call("sbatch", text="\n".join(said)) == "SBATCH_ACCOUNT='ACCOUNT'\n"
+
+
 def test_the_answer_after_a_submission_is_not_needed(commands) -> None:
     commands("sbatch", "echo 12; echo 'sbatch: 3 hours left' >&2")
     commands("scontrol", shown("slurm_load_jobs error: Unable to contact slurm controller", 2) + "; exit 1")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,6 +36,7 @@ NEVER = re.compile(
 PATIENCE_S, RETRY_S = 900.0, 5.0  # with a controller that is being restarted
 JUDGED_S = 1.0  # how long a scheduler is given to look at a new job
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and who asks
+OPTIONS = {"TIMELIMIT": "time", "NO_REQUEUE": "requeue", "ARRAY_INX": "array", "MEM_PER_NODE": "mem"}  # SBATCH_*
 CONFUSED = "Unable to contact|Could not establish|communication|[Tt]imed out|Zero Bytes|Connection refused"
 UNKNOWN = "Invalid job id|Job \\S+ not found"
 # For what sbatch says, or the reason of a job that would never start: which flag of ours is meant.
@@ -240,8 +241,10 @@ def call(*command: str, text: str = "") -> str:
     """The stdout of one of SLURM's commands. Raises RequestError with what it said, and the remedy.
 
     What it says besides (a site's own advice) goes to stderr. It does not see the variables of a job in which we may be
-    running: sbatch would hand them on, and SLURM_TIME_FORMAT would change what is read."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in KEPT}
+    running: sbatch would hand them on, and SLURM_TIME_FORMAT would change what is read. Nor does it see a user's own
+    defaults (SBATCH_PARTITION) for what the script in `text` says: to sbatch they would count for more."""
+    options = set(re.findall("^#SBATCH --([a-z-]+)", text, re.MULTILINE))
+    env = {name: value for name, value in os.environ.items() if is_for_us(name, options)}
     try:
         done = subprocess.run(command, input=text, capture_output=True, env=env, encoding="utf-8", errors="replace")
     except FileNotFoundError as error:
@@ -255,6 +258,14 @@ def call(*command: str, text: str = "") -> str:
         raise kind(f"{command[0]}: {said}; {remedy(said)}")
     print(done.stderr, end="", file=sys.stderr)
     return done.stdout
+
+
+def is_for_us(name: str, options: Container[str]) -> bool:
+    """Whether a command is to see the variable `name`, when its script gives `options`."""
+    kind, _, word = name.partition("_")
+    if kind == "SBATCH":
+        return OPTIONS.get(word, word.lower().replace("_", "-")) not in options
+    return kind != "SLURM" or name in KEPT
 
 
 def patiently(ask: Callable[[], T]) -> T:
