@@ -185,6 +185,14 @@ def test_a_job_that_slurm_does_not_requeue_ends_with_its_code(attempt, tmp_path,
     assert f"is not requeued after all: scontrol: {said}" in capfd.readouterr().err
 
 
+def test_a_process_that_could_not_say_why_it_ended_is_told_of(attempt, tmp_path, capfd):
+    assert attempt("echo 'srun: error: n1: task 0: Killed' >&2; exit 137")[0] == 1
+    (said,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
+    assert said.startswith("error: node n1: Killed; ") and said.endswith(
+        read_status(tmp_path / "o.jsonl.status")["error"]
+    )
+
+
 @pytest.mark.parametrize("shows", ["JobState=CANCELLED Restarts=0", "JobState=RUNNING Restarts=1"])
 def test_a_job_that_slurm_has_ended_is_left_alone(attempt, tmp_path, shows):
     code, asked = attempt("exit 9", shows=shows)

@@ -24,7 +24,7 @@ from typing import IO, Literal, NamedTuple
 
 from llama_mp import cli
 from llama_mp.attempt import ATTEMPT, SHARE, Attempt
-from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, RunError, counted
+from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, RunError
 from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.parts import Parts
 from llama_mp.slurm.own_job import Now, address_of, names_of, now, requeue
@@ -36,7 +36,7 @@ NEAR_S = 300.0  # a signal that comes so near the time limit was sent because of
 POLL_S = 0.1
 ENDED_BY_US = 128 + signal.SIGTERM
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below those that the kernel gives to clients
-TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\-]+: (?:Exited with exit code (\d+))?")
+TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\-]+: (Exited with exit code (\d+)|.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,7 @@ class Step:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.error: str | None = None  # the first `error: ` line
         self.code: int | None = None  # of the first task that failed
+        self.end = "the step failed"  # what srun says of that
         self.process = subprocess.Popen(
             command, env=os.environ | environment, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -114,7 +115,7 @@ class Step:
             if line.startswith("error: ") and self.error is None:
                 self.error = line.removeprefix("error: ").strip()
             if self.code is None and (ended := TASK_ENDED.match(line)):
-                self.code = int(ended[2] or RUN_FAILED)
+                self.code, self.end = int(ended[3] or RUN_FAILED), f"node {ended[1]}: {ended[2]}"
             sys.stderr.write(line)
             sys.stderr.flush()
 
@@ -163,7 +164,7 @@ def next_move(end: End, restarts: int, max_restarts: int) -> Move:
     if not end.stopped and not end.has_grown:
         return Move(False, restarts, f"{how} before anything was finished: it would fail again")
     if restarts >= max_restarts:
-        return Move(False, restarts, f"{how}, {counted(restarts, 'such end')} after the first: --max_restarts")
+        return Move(False, restarts, f"{how}; --max_restarts {max_restarts} allows no more")
     return Move(True, restarts + 1, how)
 
 
@@ -219,9 +220,12 @@ class Supervisor:
         if state and not state.is_of(attempt.number):
             say(f"attempt {job.attempt} was ended by SLURM: {state.state}")
             return code
+        stopped = state and self.how_stopped(state)
+        if code != DONE and not stopped and step.error is None:  # a process that is killed cannot say so
+            step.error = f"{step.end}; nothing there could say why: it ran out of memory, or somebody ended it"
+            say(f"error: {step.error}")
         progress = Progress(self.flags.output, attempt)
-        end = End(code, state and self.how_stopped(state), progress.has_grown)
-        move = next_move(end, progress.restarts, self.flags.max_restarts)
+        move = next_move(End(code, stopped, progress.has_grown), progress.restarts, self.flags.max_restarts)
         progress.save(code, move, step.error)
         say(f"attempt {job.attempt} {move.why} {progress}{': requeued' if move.requeues else ''}".rstrip())
         if move.requeues:
