@@ -97,7 +97,8 @@ def report(error: BaseException) -> int:
             time.sleep(SPEAK_GRACE_S)
     is_own = NODES in os.environ and "RANK" in os.environ and not isinstance(error, RequestError)
     if is_own or not is_first:
-        text = f"{this_process()}: {text}"
+        rank = f"rank {os.environ.get('RANK')}"
+        text = this_process() + (text.removeprefix(rank) if text.startswith(f"{rank} ") else f": {text}")
     print(f"error: {text}", file=sys.stderr, flush=True)
     return exit_code(error)
 

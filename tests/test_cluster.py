@@ -15,20 +15,6 @@ RECORDED = (ROOT / "tests" / "data" / "scontrol.txt").read_text().splitlines()
 HEAD = "#!/bin/bash\n#SBATCH --output=/dev/null\n"
 
 
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replaces SLURM's commands: `commands(name, script)`. Those that are not replaced are not there."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-
-    def replace(name, script):
-        folder.joinpath(name).write_text(f"#!/bin/sh\n{script}\n")
-        folder.joinpath(name).chmod(0o755)
-
-    return replace
-
-
 def shown(text, stream=1):
     """A shell command that prints `text`."""
     return "printf '%s\\n' '{}' >&{}".format(text.replace("'", "'\\''"), stream)
@@ -133,6 +119,14 @@ def test_variables_of_a_job_around_us_are_not_handed_on(commands, monkeypatch: p
     commands("scontrol", shown(RECORDED[0]))
     assert submit(HEAD) == "12"
     assert cluster.call("sbatch", "--parsable") == "12;xx\n"
+
+
+def test_a_users_defaults_for_sbatch_count_for_less_than_the_script(commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PARTITION", "TIMELIMIT", "NO_REQUEUE", "MEM_PER_NODE", "OPEN_MODE", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", name)
+    said = [f"#SBATCH --{option}" for option in ("partition=main", "time=5", "requeue", "mem=1M", "open-mode=append")]
+    commands("sbatch", "set | while read name; do case $name in SBATCH_*) echo $name;; esac; done")
+    assert cluster.call("sbatch", text="\n".join(said)) == "SBATCH_ACCOUNT='ACCOUNT'\n"
 
 
 def test_the_answer_after_a_submission_is_not_needed(commands) -> None:

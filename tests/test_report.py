@@ -128,7 +128,7 @@ def test_a_controller_that_is_being_restarted(monkeypatch: pytest.MonkeyPatch, c
     report.wait("35_0")
     told = ["no answer; asking again for 15 minutes", "35_0  RUNNING on n[3-4]", "35_0  COMPLETED on n[3-4]"]
     assert capsys.readouterr().err.splitlines() == told
-    monkeypatch.setattr(report, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(cluster, "PATIENCE_S", -1.0)
     answers = iter([Unreachable("no answer")])
     with pytest.raises(Unreachable):
         report.wait("35_0")
