@@ -132,9 +132,10 @@ def report(error: BaseException) -> int:
     if not is_first:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(SPEAK_GRACE_S)
-    is_own = _place is not None and not isinstance(error, RequestError | RunError)
-    if is_own or not is_first:
-        text = f"{_place() if is_own else this_process()}: {text}"
+    if _place is not None and not isinstance(error, RequestError | RunError):
+        text = f"{_place()}: {text}"
+    elif not is_first or (NODES in os.environ and isinstance(error, RunError) and not text.startswith("rank ")):
+        text = f"{this_process()}: {text}"
     say(text, "error")
     if LAUNCHED in os.environ:
         with contextlib.suppress(OSError), open(os.environ[LAUNCHED], "a") as said:

@@ -240,12 +240,24 @@ class Supervisor:
         say(f"attempt {job.attempt} {move.why} {progress}{': requeued' if move.requeues else ''}".rstrip())
         if move.requeues:
             try:
-                requeue(job.id)
-                time.sleep(KILLED_S)
+                self.requeue(job.id)
             except RunError as refusal:
                 say(f"attempt {job.attempt} is not requeued after all: {refusal}")
                 progress.save(code, move._replace(requeues=False), step.error)
         return code
+
+    def requeue(self, id: str) -> None:
+        """Have SLURM start the job again, and wait until it ends this one: to go at its first signal spares the node
+        the time until its second. Raises RunError when it will not."""
+        num_before = len(self.signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # scontrol inherits that: it is to have its answer
+        try:
+            requeue(id)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        deadline = time.monotonic() + KILLED_S
+        while signal.SIGTERM not in self.signals[num_before:] and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def how_stopped(self, state: Now) -> str | None:
         if state.is_preempted:  # said by a signal to us, or, as sites have it, to the step alone
