@@ -211,13 +211,8 @@ def test_a_task_of_an_array_asks_about_itself_alone(attempt, monkeypatch):
 
 
 def test_a_job_that_slurm_does_not_requeue_ends_with_its_code(attempt, tmp_path, capfd):
-<<<<<<< HEAD
     code, _ = attempt("trap '' TERM; echo 'error: rank 1 is gone' >&2; kill -TERM $PPID; exit 7")
     assert code == read_status(tmp_path / "o.jsonl.status")["code"] == 7
-=======
-    code, _ = attempt("echo 'error: rank 1 is gone' >&2; kill -TERM $PPID; exit 7")
-    assert code == read_status(tmp_path / "o.jsonl.status")["code"] != 0
->>>>>>> bf416053abc187e6bf5b43b1569ed9b1ab4ad5da
     said = "Requested operation is presently disabled for job 12; leave --no-requeue out"
     assert f"is not requeued after all: scontrol: {said}" in capfd.readouterr().err
 
