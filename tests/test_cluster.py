@@ -159,6 +159,12 @@ def test_reasons_for_which_a_job_waits_for_ever(reason: str, never: bool) -> Non
     assert parse(RECORDED[5].replace("Reason=None", f"Reason={reason}")).never_starts is False  # it runs
 
 
+def test_a_parent_that_will_never_start(commands) -> None:
+    commands("scontrol", shown(RECORDED[4].replace("Reason=Resources", "Reason=BadConstraints")))
+    with pytest.raises(RequestError, match=r"^--after 35: job 35_\[1-3\] will never start \(BadConstraints\), so "):
+        submit("#SBATCH --dependency=afterok:35\n")
+
+
 # ---- on a cluster --------------------------------------------------------------------------------------------------
 
 

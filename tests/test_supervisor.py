@@ -9,6 +9,7 @@ import pytest
 from llama_mp.attempt import Attempt
 from llama_mp.errors import RequestError
 from llama_mp.slurm import cluster, supervisor
+from llama_mp.slurm.own_job import Now
 from llama_mp.slurm.supervisor import (
     End,
     Job,
@@ -51,17 +52,17 @@ def test_the_step_is_a_task_on_each_node():
     one, two = step_command(job_of(JOB, ["n1"]), ["verb"]), step_command(job_of(TASK, ["n1", "n2"]), ["verb", "a b"])
     assert one[-1:] == ["verb"] and "--ntasks=1" in one and not any("cpus" in word for word in one)
     assert two[-3:] == ["--cpus-per-task=6", "verb", "a b"] and {"--nodes=2", "--kill-on-bad-exit=1"} < set(two)
+    assert "--export=ALL" in one  # whatever the site exports to jobs
 
 
 def test_the_step_learns_who_it_is():
     told = step_environment(job_of(TASK, ["n1", "n2"]), "10.0.0.1")
     assert told["LLAMA_MP_NODES"] == "n1,n2" and told["MASTER_ADDR"] == "10.0.0.1"
     assert (told["LLAMA_MP_ATTEMPT"], told["LLAMA_MP_SHARE"]) == ("12_7-1", "2/4")
-    jobs = [job_of(JOB | {"SLURM_RESTART_COUNT": str(n)}, ["n1"]) for n in range(9)]
+    jobs = [job_of(JOB | {"SLURM_RESTART_COUNT": str(n)}, ["n1"]) for n in range(8)] + [job_of(TASK, ["n1"])]
+    jobs += [job_of(TASK | {"SLURM_JOB_ID": "16"}, ["n1"])]  # it may share its first node with another task
     ports = {step_environment(job, "a")["MASTER_PORT"] for job in jobs}
-    assert len(ports) == 9 and all(10_000 <= int(port) < 30_000 for port in ports)
-    tasks = [job_of(TASK | {"SLURM_JOB_ID": str(number)}, ["n1"]) for number in (12, 13, 14)]
-    assert len({step_environment(task, "a")["MASTER_PORT"] for task in tasks}) == 3, "tasks that share a node"
+    assert len(ports) == len(jobs) and all(10_000 <= int(port) < 30_000 for port in ports)
     assert "LLAMA_MP_SHARE" not in step_environment(job_of(JOB, ["n1"]), "a")
 
 
@@ -92,6 +93,23 @@ PREEMPTED, LIMIT, SIGNAL = "by preemption", "at the time limit", "by a signal"
 def test_what_becomes_of_the_job(end, restarts, requeued, restarts_after):
     move = next_move(end, restarts, 3)
     assert (move.requeues, move.restarts) == (requeued, restarts_after), move
+
+
+@pytest.mark.parametrize(
+    ("signals", "is_preempted", "left_s", "told"),
+    [
+        ([], False, 1e6, None),
+        ([], True, 1e6, PREEMPTED),  # SLURM ended the step's tasks, and said nothing to the script
+        ([10], True, 8.0, PREEMPTED),
+        ([10], False, 100.0, LIMIT),
+        ([15], False, 1e6, SIGNAL),
+    ],
+)
+def test_how_an_attempt_was_stopped(signals, is_preempted, left_s, told):
+    supervisor = Supervisor(SupervisorFlags(), ["verb"])
+    for number in signals:
+        supervisor.note_signal(number, None)
+    assert supervisor.how_stopped(Now("RUNNING", 0, is_preempted, left_s)) == told
 
 
 def test_restarts_can_be_forbidden():
@@ -188,8 +206,8 @@ def test_a_task_of_an_array_asks_about_itself_alone(attempt, monkeypatch):
 
 
 def test_a_job_that_slurm_does_not_requeue_ends_with_its_code(attempt, tmp_path, capfd):
-    code, _ = attempt("echo 'error: rank 1 is gone' >&2; kill -TERM $PPID; exit 7")
-    assert code == read_status(tmp_path / "o.jsonl.status")["code"] != 0
+    code, _ = attempt("trap '' TERM; echo 'error: rank 1 is gone' >&2; kill -TERM $PPID; exit 7")
+    assert code == read_status(tmp_path / "o.jsonl.status")["code"] == 7
     said = "Requested operation is presently disabled for job 12; leave --no-requeue out"
     assert f"is not requeued after all: scontrol: {said}" in capfd.readouterr().err
 

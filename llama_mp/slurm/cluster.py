@@ -113,9 +113,10 @@ def check_parent(id: str) -> None:
         raise RequestError(f"--after {id}: {error}") from error
     for job in jobs:
         if job.never_starts or (job.is_over and job.state != "COMPLETED"):
+            fate = f"will never start ({job.reason})" if job.never_starts else f"has failed ({job.state})"
             raise RequestError(
-                f"--after {id}: job {job.id} has failed ({job.state}), so this one would never run; submit that one "
-                "again first, or leave --after out if what it was to do is done"
+                f"--after {id}: job {job.id} {fate}, so this one would never run; submit that one again first, or "
+                "leave --after out if what it was to do is done"
             )
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_mp.errors import BAD_REQUEST, RequestError, RunError, counted
+from llama_mp.parts import Parts
 from llama_mp.slurm import cluster
 from llama_mp.slurm.cluster import JobRecord
-from llama_mp.status import read_status, status_path
+from llama_mp.status import counted_anew, read_status, status_path
 
 SUPERVISOR = " -m llama_mp.slurm.supervisor "
 ERROR = re.compile(r"^(?:[0-9]+: )?error: (.*)$", re.MULTILINE)  # srun --label puts the task's number first
@@ -32,9 +33,14 @@ class Answers:
 
     def status(self, task: str) -> dict[str, Any] | None:
         """How far the job is, or the one task of its array; None while nothing is known of that."""
-        if self.num_tasks is None:
-            return read_status(status_path(self.output, None))
-        return read_status(status_path(self.output, (int(task), self.num_tasks))) if task.isdigit() else None
+        if self.num_tasks is not None and not task.isdigit():
+            return None
+        share = None if self.num_tasks is None else (int(task), self.num_tasks)
+        found = read_status(status_path(self.output, share))
+        if found is None:
+            return None
+        job = found["job"] if share is None else f"{found['job']}_{task}"
+        return counted_anew(found, Parts(self.output), f"{job}-{found['attempt']}")
 
     def total(self) -> str:
         """How many prompts are finished, over all tasks; empty while nothing is known of that."""

@@ -28,7 +28,7 @@ from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, 
 from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.parts import Parts
 from llama_mp.slurm.own_job import Now, address_of, names_of, now, requeue
-from llama_mp.status import read_status, status_path, write_status
+from llama_mp.status import counted_anew, read_status, status_path, write_status
 
 STOP_S = 5.0  # for the step to end by itself; requeueing ends it in any case
 KILLED_S = 120.0  # for SLURM to end this process, once it has requeued the job
@@ -89,7 +89,8 @@ def step_command(job: Job, command: Sequence[str]) -> list[str]:
     """srun's: a task on each node; the first that fails ends them all."""
     num_nodes = len(job.nodes)
     options = [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    options += ["--mpi=none", "--input=none"]
+    # --export: at sites whose jobs inherit nothing (SBATCH_EXPORT=NONE) the step would not learn who it is.
+    options += ["--mpi=none", "--input=none", "--export=ALL"]
     options += [f"--cpus-per-task={job.cpus}"] if job.cpus else []  # a step inherits it no more since SLURM 22.05
     return ["srun", *options, *command]
 
@@ -169,7 +170,7 @@ def next_move(end: End, restarts: int, max_restarts: int) -> Move:
 
 
 class Progress:
-    """How far the verb has come, by OUTPUT.status and the parts: it could not say so itself if it was killed."""
+    """How far the verb has come, by OUTPUT.status and the parts."""
 
     def __init__(self, output: Path | None, attempt: Attempt) -> None:
         self.path = output and status_path(output, attempt.share)
@@ -182,8 +183,7 @@ class Progress:
         begun = known | {"attempt": attempt.number, "done_before": known["done"]}
         self.status = found if mine and found["attempt"] == attempt.number else begun
         if output:
-            kept = self.status["done_before"] + len(Parts(output).ids_of(attempt.name))
-            self.status["done"] = max(kept, self.status["done"])
+            self.status = counted_anew(self.status, Parts(output), attempt.name)
         self.has_grown = self.status["done"] > self.status["done_before"]
 
     def __str__(self) -> str:
