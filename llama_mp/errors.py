@@ -6,6 +6,7 @@ where and what to do. Whatever else reaches `report` is our own fault and is sai
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import sys
@@ -68,9 +69,9 @@ _is_json = False
 
 
 def set_speaker(may_speak: Callable[[], bool]) -> None:
-    """Let `may_speak` decide, once an error has come, whether this rank is the one that prints it."""
+    """Let `may_speak` decide, once an error has come, whether this rank is the one that prints it. It is asked once."""
     global _may_speak
-    _may_speak = may_speak
+    _may_speak = functools.cache(may_speak)
 
 
 def log_as_json(is_json: bool) -> None:
@@ -103,7 +104,7 @@ def set_place(place: Callable[[], str]) -> None:
 
 
 def may_speak() -> bool:
-    """Whether this rank is the one to print an error. It then has to, as no other will."""
+    """Whether this rank is the one to print an error. No other will be from here on."""
     return _may_speak()
 
 

@@ -29,7 +29,7 @@ def check_ranks(mp: int | None) -> int:
     step = Step.of_environment()
     if world_size is None and step:
         step.share_of(mp or 1)
-    if world_size is not None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     return int(world_size or mp or 1)
 

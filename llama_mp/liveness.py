@@ -218,6 +218,7 @@ class Pulse(threading.Thread):
         while not self.gone() and not self.silent(self.suspicious_s) and time.monotonic() < deadline:
             time.sleep(0.02)
         verdict, is_first = self.verdict()
+        errors.may_speak()  # before any is ended: for others it would then be one that died
         for other in set(self.silent(self.suspicious_s)) & set(self.on_this_host()):
             deaths.end(self.known[other].pid, self.known[other].born, signal.SIGKILL)
         return RunError(verdict) if is_first else LostContact(verdict)

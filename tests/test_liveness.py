@@ -1,4 +1,7 @@
-"""A run in which one rank is lost ends soon, says which and why in one line, and leaves nothing behind."""
+"""A run in which one rank is lost ends soon, says which and why in one line, and leaves nothing behind.
+
+Ranks that torchrun starts sum over gloo here, those of --mp through shared memory.
+"""
 
 import os
 import re
@@ -70,10 +73,10 @@ def run_with(fault: Fault, model: Path, folder: Path) -> Ended:
     (folder / "prompts.txt").write_text("a\n" * 6)
     words = [FAULTY, "--ckpt_dir", model, "--prompts_file", folder / "prompts.txt", "--output", output]
     words += ["--max_gen_len", "30", "--max_batch_size", "1", "--device", "cpu", "--step_timeout", str(TIMEOUT_S)]
-    ranks = str(fault.ranks)
+    ranks, backend = str(fault.ranks), {"FAULT_GLOO": "1"} if fault.by_torchrun else {}
     begin = [TORCHRUN, "--standalone", "--nproc_per_node", ranks] if fault.by_torchrun else [sys.executable]
     own = [] if fault.by_torchrun else ["--mp", ranks]
-    started = start(*begin, *words, *own, FAULT=fault.what, FAULT_MARK=str(mark), FAULT_OUTPUT=str(output))
+    started = start(*begin, *words, *own, FAULT=fault.what, FAULT_MARK=str(mark), FAULT_OUTPUT=str(output), **backend)
     done = started.wait(timeout=120)
     seconds = time.time() - mark.stat().st_mtime
     return Ended(done, seconds, output.read_bytes(), started.living(), sorted(shared_files() - before))
