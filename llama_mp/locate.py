@@ -77,6 +77,9 @@ def checkpoint_at(path: Path) -> Checkpoint:
     """The checkpoint at `path`, a folder or a .gguf file. Raises RequestError when there is none."""
     path = snapshot_of(path)
     kind, files = files_of(path)
+    for file in files:
+        if not file.is_file():
+            raise RequestError(f"{file} is a {'folder' if file.is_dir() else 'pipe or a device'}, not a file")
     return Checkpoint(
         path=path,
         kind=kind,

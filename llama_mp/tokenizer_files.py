@@ -10,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_mp.chat_format import built_in_template
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 from llama_mp.gguf_header import read_header
 from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_byte_level import gguf_byte_level
@@ -20,6 +21,7 @@ from llama_mp.tokenizer_tiktoken import tokenizer_from_tiktoken
 
 Kind = Literal["gguf", "tiktoken", "json", "sentencepiece"]
 
+MAX_TOKENIZER_BYTES = 1 << 26  # Llama 3's tokenizer.json has 17 MB
 NEEDED = "a tokenizer.model, a tokenizer.json or a .gguf file is needed"
 
 
@@ -55,7 +57,7 @@ def load_tokenizer(path: Path, settings: Settings | None = None) -> Tokenizer:
     settings = settings or read_settings([path.parent])
     read = {"tiktoken": tokenizer_from_tiktoken, "json": tokenizer_from_json, "sentencepiece": parse_sentencepiece}
     try:
-        return read[kind](path.read_bytes(), settings)
+        return read[kind](read_small(path, MAX_TOKENIZER_BYTES), settings)
     except RequestError as error:
         raise RequestError(f"tokenizer {path}: {str(error).removeprefix('tokenizer: ')}") from error
 
@@ -64,8 +66,11 @@ def kind_of(path: Path) -> Kind:
     """What the content looks like. Raises RequestError for what is plainly no tokenizer."""
     if not path.is_file():
         raise RequestError(f"tokenizer {path}: {'a folder' if path.is_dir() else 'no such file'}; {NEEDED}")
-    with path.open("rb") as file:
-        head = file.read(4096)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise RequestError(f"tokenizer {path} cannot be read: {error.strerror}") from error
     text = head.lstrip().lower()
     looks_by_start = {
         b"pk\x03\x04": "a zip archive, such as a torch checkpoint",

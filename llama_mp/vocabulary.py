@@ -93,7 +93,7 @@ def gguf_vocabulary(metadata: Mapping[str, Any], default_ids: Mapping[str, int],
         bos_id=ids["bos"],
         eos_id=ids["eos"],
         other_end_ids=[ids[role] for role in ("eot", "eom") if ids[role] is not None],
-        adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+        adds_bos=gguf_bool(metadata, "add_bos_token", default=adds_bos),
     )
 
 
@@ -107,6 +107,13 @@ def gguf_array(
     if length is not None and len(values) != length:
         raise RequestError(f"tokenizer.ggml.{name} has {len(values)} entries, but there are {length} tokens{REMEDY}")
     return values
+
+
+def gguf_bool(metadata: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise RequestError(f"tokenizer.ggml.{name} is {value!r}, but must be true or false{REMEDY}")
+    return value
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -87,7 +87,7 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(ranks: Ranks, folde
     marker = tmp_path / "ran"
     torch.save({"norm.weight": RunsCode(marker)}, folder / SECOND)
     said = refused(ranks, folder)
-    assert said.startswith(f"{folder / SECOND} would run code when loaded, or is no torch file: refused (")
+    assert said.startswith(f"{folder / SECOND} would run code when loaded, or holds more than weights: refused (")
     assert said.endswith("; get it from a source that you trust")
     assert not marker.exists()
     torch.load(folder / SECOND, weights_only=False)  # what we do not do: the file does run code

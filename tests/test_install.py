@@ -110,6 +110,7 @@ WITHOUT_TORCH = [
     "llama_mp.packed",
     "llama_mp.progress",
     "llama_mp.partial",
+    "llama_mp.checkpoint.torch_file",
     "llama_mp.checkpoint.archive",
     "llama_mp.checkpoint.checklist",
     "llama_mp.checkpoint.manifest",
