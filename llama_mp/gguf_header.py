@@ -18,7 +18,7 @@ from llama_mp.errors import RequestError
 MAGIC = b"GGUF"
 MAX_ARRAY_DEPTH = 4
 MAX_DIMENSIONS = 4
-# Of the metadata and the tensors' places: a vocabulary of 256,000 tokens with its merges has 15 MB and 1.5 million values.
+# Of the metadata and the tensors' places: 256,000 tokens and their merges have 15 MB and 1.5 million values.
 MAX_HEADER_BYTES = 1 << 26
 MAX_VALUES = 1 << 22
 MAX_ENTRIES = 1 << 17  # tensors, or keys: 10,000 layers have 90,000 tensors

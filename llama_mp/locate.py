@@ -246,7 +246,9 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
     def value(key: str, *default: Any) -> Any:
         return metadata.get(f"llama.{key}", *default) if default else metadata[f"llama.{key}"]
 
-    num_heads = value("attention.head_count")
+    num_heads, norm_eps = value("attention.head_count"), value("attention.layer_norm_rms_epsilon")
+    if not isinstance(norm_eps, float) or not isinstance(name, str):
+        raise TypeError(f"general.name {name!r} or layer_norm_rms_epsilon {norm_eps!r} is of a wrong type")
     return ModelConfig(
         name=name,
         dim=value("embedding_length"),
@@ -256,7 +258,7 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
         head_dim=value("attention.key_length", 0),
         hidden_dim=value("feed_forward_length"),
         vocab_size=value("vocab_size", UNKNOWN_VOCAB),
-        norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.7g}"),  # stored in fp32
+        norm_eps=float(f"{norm_eps:.7g}"),  # stored in fp32
         rope_theta=value("rope.freq_base", 10000.0),
         context_length=value("context_length"),
         embedding_axis=0,

@@ -180,7 +180,12 @@ def library_of_pieces(model: ModelProto) -> tokenizers.Tokenizer:
 def normalizing_steps(spec: NormalizerSpec) -> list[normalizers.Normalizer]:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        try:
+            steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        except Exception as error:  # the library raises no other class, whatever the fault
+            raise RequestError(
+                f"the tokenizer's rules for characters are damaged: {error}; download it again"
+            ) from error
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(tokenizers.Regex(r"\A +| +\z|(?<= ) +"), ""))
     if spec.add_dummy_prefix:

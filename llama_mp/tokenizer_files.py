@@ -35,7 +35,7 @@ def read_tokenizer(
     kind = kind_of(path)
     if kind == "gguf":
         metadata = read_header(path).metadata
-        tokenizer, template = tokenizer_from_gguf(metadata), metadata.get("tokenizer.chat_template")
+        tokenizer, template = tokenizer_from_gguf(metadata), gguf_template(metadata)
     else:
         settings = read_settings(folders_of_settings(path, checkpoint))
         tokenizer, template = load_tokenizer(path, settings), settings.template
@@ -95,7 +95,17 @@ def parse_sentencepiece(content: bytes, settings: Settings) -> Tokenizer:
         raise RequestError(f"not a sentencepiece model, or cut short; {NEEDED}") from error
     if not model.pieces:
         raise RequestError(f"not a sentencepiece model, it has no pieces; {NEEDED}")
+    # The parser gives bytes for what is not UTF-8, and the library has something to say of null characters.
+    if not all(isinstance(piece.piece, str) and "\0" not in piece.piece for piece in model.pieces):
+        raise RequestError("a sentencepiece model with pieces that are no texts; download it again")
     return tokenizer_from_sentencepiece(model, settings)
+
+
+def gguf_template(metadata: Mapping[str, Any]) -> str | None:
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None) or re.search("[\ud800-\udfff]", template or ""):
+        raise RequestError("tokenizer.chat_template of the GGUF file is not UTF-8 text; download it again")
+    return template
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:

@@ -25,6 +25,7 @@ END_TEXTS = frozenset({
 })
 # fmt: on
 
+MAX_TOKEN_CHARS = 1024  # Llama 3's longest has 128; who cuts a token at every place takes the square of it
 REMEDY = "; convert the model again, or give another --tokenizer"
 
 Element = TypeVar("Element")
@@ -57,6 +58,8 @@ class Vocabulary:
                 )
         if self.adds_bos and self.bos_id is None:
             raise RequestError(f"tokenizer: prompts are to begin with a special token, but no bos id is given{REMEDY}")
+        if (longest := max(map(len, self.tokens), default=0)) > MAX_TOKEN_CHARS:
+            raise RequestError(f"tokenizer: a token of {longest} characters{REMEDY}")
         if unknown := set(self.types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
             raise RequestError(f"tokenizer: unknown token types {sorted(unknown)}{REMEDY}")
         for text, kind in zip(self.tokens, self.types, strict=True):

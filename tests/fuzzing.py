@@ -1,11 +1,13 @@
-"""Cases of the fuzz test: a specimen copied and damaged by a seed, read by all that reads such files, in processes whose
-memory is limited and whose deeds are watched."""
+"""Cases of the fuzz test: a specimen copied, damaged by a seed, and read by all that reads such files.
+
+The processes in which that is done have little memory, and their deeds are watched."""
 
 import gc
 import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,8 +34,10 @@ MEMORY_BYTES = 1 << 30  # beside what the imported libraries take
 CASE_TIMEOUT_S = 60
 MAX_LINE = 4500
 # What no reader does: the names that Python gives to such deeds.
-DEEDS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod",
-         "subprocess.Popen", "socket.connect", "pty.spawn", "pickle.find_class", "ctypes.dlopen")  # fmt: skip
+DEEDS = {
+    "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod",
+    "subprocess.Popen", "socket.connect", "pty.spawn", "pickle.find_class", "ctypes.dlopen",
+}  # fmt: skip
 _watch: list[str] | None = None  # what was done in the current case; None: not watched
 
 
@@ -104,7 +108,29 @@ def read_prompts(folder: Path, rng: random.Random) -> None:
     read_prompts_file(folder / "prompts.jsonl", SamplingConfig())
 
 
-READERS = {"checkpoint": read_checkpoint, "tokenizer": read_tokens, "prompts": read_prompts}
+def misdeed(folder: Path, rng: random.Random) -> None:
+    """What a reader must not do, which the folder's name says: are we seen?"""
+    deed = (folder / "deed").read_text().split()[1]
+    {
+        "abort": os.abort,
+        "exit": lambda: os._exit(3),
+        "hang": lambda: time.sleep(1000),
+        "allocate": lambda: bytearray(2 * MEMORY_BYTES),
+        "mkdir": lambda: os.mkdir(folder.parent / "canary"),
+        "write": lambda: (folder / "file").write_text(""),
+        "raise": lambda: 1 / 0,
+        "panic": lambda: signal.raise_signal(signal.SIGINT),
+        "print": lambda: os.write(2, b"panicked"),
+        "unexpected": lambda: raise_(RequestError("unexpected KeyError")),
+        "refuse": lambda: raise_(RequestError("all is well")),
+    }[deed]()
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+READERS = {"checkpoint": read_checkpoint, "tokenizer": read_tokens, "prompts": read_prompts, "misdeed": misdeed}
 
 
 def run_case(seed: int, specimens: Path, names: Sequence[str], place: Path) -> Outcome:
@@ -112,11 +138,14 @@ def run_case(seed: int, specimens: Path, names: Sequence[str], place: Path) -> O
     rng = random.Random(seed)
     specimen = names[seed % len(names)]
     folder, canary = place / "specimen", place / "canary"
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in (folder, canary):
+        shutil.rmtree(left, ignore_errors=True)
     shutil.copytree(specimens / specimen, folder)
     files = sorted(folder.iterdir())
+    if not files:
+        (folder / "deed").write_text(specimen)
     weights = [1 if file.suffix in (".txt", ".md") else 4 for file in files]
-    for file in {rng.choices(files, weights)[0] for _ in range(rng.choice((1, 1, 1, 2)))}:
+    for file in {rng.choices(files, weights)[0] for _ in range(rng.choice((1, 1, 1, 2))) if files}:
         damage(file, rng, canary)
     if "checklist" in specimen:  # an honest digest of a terabyte takes its time
         for file in folder.iterdir():
@@ -211,13 +240,21 @@ class Worker:
         return found
 
 
-def outcomes(seeds: Sequence[int], specimens: Path, names: Sequence[str], place: Path, num_workers: int = 2) -> Iterator[Outcome]:
+def outcomes(
+    seeds: Sequence[int],
+    specimens: Path,
+    names: Sequence[str],
+    place: Path,
+    num_workers: int = 2,
+    timeout_s: float = CASE_TIMEOUT_S,
+) -> Iterator[Outcome]:
     """Of all cases, in the order in which they end."""
+    place.mkdir(exist_ok=True)
     workers = [Worker(seeds[n::num_workers], specimens, names, place / str(n)) for n in range(num_workers)]
     try:
         while workers:
             ready = wait([worker.connection for worker in workers], 1)
-            late = [w for w in workers if time.monotonic() - w.since > CASE_TIMEOUT_S]
+            late = [w for w in workers if time.monotonic() - w.since > timeout_s]
             for worker in {w for w in workers if w.connection in ready} | set(late):
                 found = worker.outcome()
                 if found is None:

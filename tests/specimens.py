@@ -19,8 +19,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from llama_mp.vocabulary import BYTE_OF_LETTER
 
-CONFIG = replace(MODELS["gqa"], name="fuzzed", dim=32, num_heads=4, head_dim=8, hidden_dim=32, num_layers=1, vocab_size=64)
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}{{ bos_token }}"
+CONFIG = replace(
+    MODELS["gqa"], name="fuzzed", dim=32, num_heads=4, head_dim=8, hidden_dim=32, num_layers=1, vocab_size=64
+)
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}{{ bos_token }}"
+)
 LETTERS = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
 
 
@@ -41,7 +45,11 @@ def write_all(folder: Path) -> list[str]:
     prompts = folder / "prompts"
     prompts.mkdir()
     messages = [{"role": "user", "content": "Hi"}]
-    lines = [{"id": "a", "prompt": "One"}, {"id": 2, "messages": messages, "seed": 3}, {"id": "c", "prompt": "x", "stop": "\n"}]
+    lines = [
+        {"id": "a", "prompt": "One"},
+        {"id": 2, "messages": messages, "seed": 3},
+        {"id": "c", "prompt": "x", "stop": "\n"},
+    ]
     (prompts / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return sorted(path.name for path in folder.iterdir())
 
@@ -118,7 +126,9 @@ def byte_level() -> tokenizers.Tokenizer:
     merges = [("h", "e"), ("l", "l"), ("he", "ll")]
     library = tokenizers.Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(texts)}, merges=merges))
     split = pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}| ?\p{L}+|\s+"), "isolated")
-    library.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     library.normalizer = normalizers.NFC()
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens(["<s>", "</s>"])

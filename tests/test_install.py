@@ -88,6 +88,7 @@ WITHOUT_TORCH = [
     "llama_mp.tokenizer_files",
     "llama_mp.chat_format",
     "llama_mp.template_sandbox",
+    "llama_mp.template_meter",
     "llama_mp.tokenizer_json",
     "llama_mp.tokenizer_tiktoken",
     "llama_mp.tokenizer_sentencepiece",

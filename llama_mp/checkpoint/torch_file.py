@@ -17,7 +17,9 @@ from llama_mp.errors import RequestError
 MAX_DIRECTORY_BYTES = 1 << 24
 MAX_RECORD_BYTES = 1 << 22  # of all that is no tensor: a pickle of 10,000 tensors has 1.5 MB
 # What the pickle of a dictionary of tensors names. torch's list is longer: a few of it allocate at will.
-CALLS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (Float|Half|BFloat16|Double)Storage")
+CALLS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (Float|Half|BFloat16|Double)Storage"
+)
 
 
 def read_pickle(file: Path) -> bytes:
