@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llama_mp.config import DEFAULT_SIZE, ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 from llama_mp.gguf_header import read_header
 from llama_mp.hf_config import read_hf_config
 from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_object, read_params, stated_degree
@@ -114,7 +115,7 @@ def snapshot_of(path: Path) -> Path:
     if not snapshots.is_dir() or not ((path / "refs").is_dir() or (path / "blobs").is_dir()):
         return path
     found = sorted(snapshot.name for snapshot in snapshots.iterdir())
-    names = [current.read_text().strip()] if current.is_file() else found
+    names = [read_small(current).decode(errors="replace").strip()] if current.is_file() else found
     if len(names) == 1 and names[0] in found:
         return snapshots / names[0]
     wanted = f"lacks the snapshot {names[0]} that {current} names" if current.is_file() else "has no refs/main"

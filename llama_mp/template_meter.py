@@ -18,8 +18,8 @@ from jinja2.utils import _PassArg
 
 STEP = OUTPUT_CHAR = 10  # units of work; a character or an element made is 1
 METER = " meter"  # a variable with a space in its name: no template can spell it
-MAX_S = 10.0  # for one rendering: known templates take milliseconds
-MAX_DOTS = 16
+MAX_S = 5.0  # for one rendering: known templates take milliseconds
+MAX_DOTS = 8
 
 # fmt: off
 # What chat templates use, without what makes long values from short ones (center, format, lipsum, ...).
@@ -154,7 +154,7 @@ def to_json(
 
 def check_path(path: Any) -> None:
     """Refuse an `attribute` of many steps, all of which would be gone for each of many values."""
-    if isinstance(path, str) and path.count(".") > MAX_DOTS:
+    if isinstance(path, str) and path.count(".") > MAX_DOTS and not any(map(str.isspace, path)):
         raise SecurityError(f"an attribute of {path.count('.')} steps")
 
 
@@ -165,11 +165,12 @@ def metered_filter(name: str) -> Callable[..., Any]:
 
     @pass_context
     def metered(context: Context, value: Any, *options: Any, **named: Any) -> Any:
-        for option in (*options, *named.values()):
-            check_path(option)
-            if name == "trim":
-                context[METER].spend(len(str(value)) * len(str(option)))
         value = paid(context, value, as_text=name not in LIST_FILTERS)
+        for option in (*options, *named.values()):
+            if name == "trim":  # each character is looked for among those to take off
+                context[METER].spend(len(str(value)) * len(str(option)))
+            else:
+                check_path(option)
         passed = {None: (), _PassArg.context: (context,), _PassArg.environment: (context.environment,)}
         return function(*passed.get(kind, (context.eval_ctx,)), value, *options, **named)
 
