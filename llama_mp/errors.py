@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 
 DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 SPEAK_GRACE_S = 5.0
+MAX_LINE = 3000  # characters of an error's line, about; more than any of ours has
 OUT_OF_MEMORY = "not enough memory"
 NODES = "LLAMA_MP_NODES"  # in the environment of a job's step: its nodes in order, with commas
 LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started: a file for what one has said
@@ -53,7 +54,14 @@ def one_line(error: BaseException) -> str:
         text = (
             f"unexpected {type(error).__name__}: {error}; set LLAMA_MP_DEBUG=1 for the traceback, and please report it"
         )
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: names that come from files may hold commands to it, and be of any length."""
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def rank_zero_speaks() -> bool:
