@@ -17,7 +17,7 @@ from llama_mp.memory import check_layout
 def main(flags: BenchFlags) -> int:
     ranks = check_ranks(flags.mp)
     checkpoint = find_model(flags)
-    check_layout(checkpoint.config, ranks, flags.quant)
+    check_layout(checkpoint.config, ranks, flags.quant, flags.deterministic)
     flags.completed(checkpoint.config)  # refuses rows that do not fit before any rank starts
     if must_launch(ranks):
         return launch(ranks)

@@ -19,7 +19,7 @@ from llama_mp.terminal import restored_terminal
 def main(flags: ChatFlags) -> int:
     ranks = check_ranks(flags.mp)
     checkpoint = locate(flags)
-    check_layout(checkpoint.config, ranks, flags.quant)
+    check_layout(checkpoint.config, ranks, flags.quant, flags.deterministic)
     is_leader = os.environ.get("RANK", "0") == "0"
     chat = Chat(flags, checkpoint) if is_leader else None  # refuses before any rank starts and any weight is read
     if must_launch(ranks):

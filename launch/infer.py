@@ -18,7 +18,7 @@ from llama_mp.memory import check_layout
 def main(flags: InferFlags) -> int:
     ranks = check_ranks(flags.mp)
     checkpoint = locate(flags)
-    check_layout(checkpoint.config, ranks, flags.quant)
+    check_layout(checkpoint.config, ranks, flags.quant, flags.deterministic)
     if must_launch(ranks):
         if is_alone() and not flags.reads_standard_input:
             with Batch.open(flags, checkpoint) as batch:  # refuse, or find nothing to do, before any rank starts

@@ -83,6 +83,14 @@ def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
     return mask + max(block_bytes(s, batch_size, attend), batch_size * s.C * s.e + choice_bytes(s, batch_size))
 
 
+def sums_bytes(s: Sizes, num_tokens: int, num_parts: int) -> int:
+    """Beside a pass, where a rank adds up `num_parts` parts in pairs, in fp32, and then the sums of all ranks: what is
+    added, and the sums of two rounds."""
+    own, others = (count + count // 2 + count // 4 for count in (num_parts, s.mp))
+    num_sums = own if s.mp == 1 else max(own, num_parts + others)
+    return num_sums * num_tokens * s.C * FP32
+
+
 def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
     """The most that one block holds: where q and k are rotated, in attention (`attend`), behind it, or in the
     feed-forward part.

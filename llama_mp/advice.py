@@ -9,9 +9,9 @@ from llama_mp.memory import (
     BYTES_PER_ELEMENT,
     RankMemory,
     Workload,
-    can_quantize,
+    cache_bytes,
+    can_run,
     decode_read_bytes,
-    kv_cache_bytes,
     offloaded_bytes,
     rank_memory,
 )
@@ -51,7 +51,7 @@ def rate(tokens_per_s: float) -> str:
 
 def fits(config: ModelConfig, mp: int, workload: Workload, device: Device) -> bool:
     has_room = rank_memory(config, mp, workload).total_bytes <= device.room_bytes
-    return has_room and can_quantize(config, mp, workload.quant)
+    return has_room and can_run(config, mp, workload)
 
 
 def with_staying(config: ModelConfig, mp: int, workload: Workload, device: Device) -> Workload:
@@ -67,8 +67,8 @@ def tokens_per_s(config: ModelConfig, mp: int, workload: Workload, device: Devic
     to its full length. Offloaded blocks come over PCIe, or from the disk, while others are read: the slower counts."""
     if device.bandwidth_bytes_per_s is None:
         return None
-    cache = kv_cache_bytes(config, mp, workload.dtype, batch_size=workload.batch_size, seq_len=workload.seq_len)
-    read_s = (decode_read_bytes(config, mp, workload) + cache) / device.bandwidth_bytes_per_s
+    read_bytes = decode_read_bytes(config, mp, workload) + cache_bytes(config, mp, workload)
+    read_s = read_bytes / device.bandwidth_bytes_per_s
     link = PCIE_BYTES_PER_S if workload.offload == "cpu" else DISK_BYTES_PER_S
     return workload.batch_size / max(read_s, offloaded_bytes(config, mp, workload) / link)
 
@@ -115,7 +115,7 @@ def candidates(config: ModelConfig, mp: int, workload: Workload, device: Device)
     shorter = [workload]
     if workload.element_bytes == BYTES_PER_ELEMENT["fp32"]:
         shorter.append(replace(workload, dtype="bf16" if device.has_bf16 else "fp16"))
-    shorter += [replace(workload, quant=quant) for quant in QUANTS if workload.quant == "none"]
+    shorter += [replace(workload, quant=quant) for quant in quants(workload) if workload.quant == "none"]
     degrees = [(smallest_degree(config, mp, changed, device), changed) for changed in shorter]
     found = [(degree, changed) for degree, changed in degrees if degree]
     rows = max_batch_size(config, mp, workload, device)
@@ -130,14 +130,20 @@ def candidates(config: ModelConfig, mp: int, workload: Workload, device: Device)
 
 def last_resorts(config: ModelConfig, mp: int, workload: Workload, device: Device) -> list[tuple[int, Workload]]:
     """What fits of: fewer bits and blocks elsewhere together, with as many rows as that leaves room for."""
-    changed = [replace(workload, quant=quant, offload=place) for quant in QUANTS for place in places(workload)]
+    changed = [
+        replace(workload, quant=quant, offload=place) for quant in quants(workload) for place in places(workload)
+    ]
     rows = [min(workload.batch_size, max_batch_size(config, mp, one, device)) for one in changed]
     return [(mp, replace(one, batch_size=row)) for one, row in zip(changed, rows, strict=True) if row]
 
 
+def quants(workload: Workload) -> tuple[str, ...]:
+    return () if workload.deterministic else QUANTS
+
+
 def places(workload: Workload) -> tuple[str, ...]:
     """Where blocks could wait, other than on the device, if they are not to already."""
-    if workload.offload == "disk":
+    if workload.offload == "disk" or workload.deterministic:
         return ()
     return ("cpu", "disk") if workload.offload == "none" and workload.device == "cuda" else ("disk",)
 

@@ -161,7 +161,8 @@ def identity(flags: InferFlags, checkpoint: Checkpoint, codec: Codec, prompts: l
         "end_ids": sorted(codec.tokenizer.eos_ids),
         "config": asdict(replace(checkpoint.config, name="")),  # a name may be that of the folder
     }
-    return fingerprint(model=model, flags={name: getattr(flags, name) for name in names}, prompts=prompts)
+    given = {name: getattr(flags, name) for name in names} | ({"deterministic": True} if flags.deterministic else {})
+    return fingerprint(model=model, flags=given, prompts=prompts)
 
 
 def print_one(answer: Answer, stream: Iterable[tuple[Answer, str]]) -> None:

@@ -65,5 +65,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"TPOT {result['tpot_s']:.3g} s; decode {result['decode_tokens_per_s']:.1f} tokens/s; "
         f"{result['achieved_gb_per_s']:.1f} GB/s, {result['fraction_of_ceiling']:.0%} of the ceiling"
     )
+    if "tpot_to_ordinary" in result:
+        ttft, tpot = result["ttft_to_ordinary"], result["tpot_to_ordinary"]
+        yield f"the same bits at every degree take {ttft:.2f} times the ordinary mode's TTFT, {tpot:.2f} times its TPOT"
     peak, planned = result["peak_memory_bytes"], result["planned_memory_bytes"]
     yield f"peak memory {peak / 1e9:.2f} GB per rank, planned {planned / 1e9:.2f} GB"

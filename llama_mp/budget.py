@@ -39,6 +39,7 @@ class Fitting:
             batch_size=num_slots,
             seq_len=max(2, seq_len),
             device=self.device,
+            deterministic=self.run.deterministic,
         )
 
     def settle(self, shape: Sequence[int], room: Room) -> None:

@@ -129,6 +129,14 @@ def config_from_mapping(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
+def check_deterministic(flags: Any) -> None:
+    """Raise RequestError when `flags` ask for the same bits everywhere, and for what makes others."""
+    for name in ("quant", "offload"):
+        value = getattr(flags, name)
+        if flags.deterministic and value != "none":
+            raise RequestError(f"--deterministic and --{name} {value} are both given: drop one")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Flags):
     """How a model is run: the model flags of the commands' contract."""
@@ -143,6 +151,7 @@ class RunConfig(Flags):
     offload: Literal["none", "cpu", "disk"] = flag("none", "where blocks wait that come to the device one at a time")
     device_memory_gib: float | None = flag(None, "GiB a rank may take there with --offload; default: what is free")
     host_memory_gib: float | None = flag(None, "GiB of main memory for a rank's blocks; on a CPU, from disk: for all")
+    deterministic: bool = flag(False, "the same bits over 1, 2, 4 and 8 ranks; slower")
     max_seq_len: int | None = flag(None, "tokens of prompt and answer that a row holds; default: from the prompts")
     max_batch_size: int = flag(8, "rows computed at once")
     step_timeout: float = flag(60.0, "seconds after which a silent rank ends the run")
@@ -157,7 +166,10 @@ class RunConfig(Flags):
                 raise RequestError(f"--{name} is for blocks that wait elsewhere: give --offload cpu or disk too")
             if limit is not None and not 0 < limit < MAX_GIB:
                 raise RequestError(f"--{name} is {limit}, but must be above 0 and below {MAX_GIB}")
-        threads_asked()  # wrong ones are refused with the request, before any rank starts
+        threads = threads_asked()  # wrong ones are refused with the request, before any rank starts
+        check_deterministic(self)
+        if self.deterministic and threads not in (None, 1):
+            raise RequestError(f"--deterministic computes with one thread, and LLAMA_MP_THREADS is {threads}: unset it")
         if not 0 < self.step_timeout <= MAX_TIMEOUT_S:
             raise RequestError(
                 f"--step_timeout is {self.step_timeout}, but must be above 0 and at most {MAX_TIMEOUT_S}"

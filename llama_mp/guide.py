@@ -130,7 +130,8 @@ def measured_row(record: Mapping[str, Any]) -> list[str]:
         str(record["mp"]),
         f"none: {record['device']}, {environment['cores']} cores" if is_cpu else f"{record['mp']} x {record['device']}",
         ("host: " if is_cpu else "") + gib(record["device_memory_bytes"]),
-        precision(record["dtype"], record["quant"], record["offload"]),
+        precision(record["dtype"], record["quant"], record["offload"])
+        + (", deterministic" if record.get("deterministic") else ""),
         f"{environment['kind']}; {versions}",
         "" if rate is None else f"{rate:.1f}",
         gigabytes(record["peak_memory_bytes"]),

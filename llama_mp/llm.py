@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.budget import Fitting
-from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.checkpoint.source import Source, listed
 from llama_mp.config import RunConfig, SamplingConfig, size_names
+from llama_mp.deterministic import DETERMINISTIC, ORDINARY, go_any_way, keep_to_one_way
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError, counted, say, shows_progress
@@ -24,9 +24,9 @@ from llama_mp.flags import checked
 from llama_mp.fused import load_steps
 from llama_mp.kernels import load_kernels
 from llama_mp.locate import Checkpoint, locate
-from llama_mp.machine import PeakMemory, choose_dtype, free_room
+from llama_mp.machine import PeakMemory, choose_dtype, free_room, threads_per_rank
 from llama_mp.memory import RankMemory, check_layout, padding_share, run_time_shards
-from llama_mp.model import Transformer, build, fill
+from llama_mp.model import Transformer, fill
 from llama_mp.offload import Store, block_of, fill_streamed, open_store, weight_bytes_of
 from llama_mp.parallel import connect
 from llama_mp.prompts import Messages, as_prompt
@@ -86,6 +86,7 @@ class LLM:
         """Load this rank's weights. Fails on all ranks or on none."""
         self.run, self.checkpoint, self.world = run, checkpoint, world
         self.config, self.planned = checkpoint.config, RankMemory(0, 0, 0, 0)  # of the largest cache so far
+        self.mode = DETERMINISTIC if run.deterministic else ORDINARY
         self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
         self.closed, self.shape = False, (0, 0)  # slots and positions of the largest cache
         self.store: Store | None = None  # of blocks that wait elsewhere
@@ -99,7 +100,9 @@ class LLM:
         """Check everything on all ranks, and only then read weights."""
         start, world = time.perf_counter(), self.world
         with world.together():
-            check_layout(self.checkpoint.config, world.size, self.run.quant)
+            if self.run.deterministic:
+                keep_to_one_way(world.device)
+            check_layout(self.checkpoint.config, world.size, self.run.quant, self.run.deterministic)
             has_text = world.is_leader and self.checkpoint.tokenizer is not None
             self.codec = codec or Codec(self.checkpoint, self.run.chat_format) if has_text else None
             source = open_source(self.checkpoint, world.device)
@@ -131,10 +134,11 @@ class LLM:
         world = self.world
         if world.device.type == "cpu":
             load_kernels(), load_steps()  # built now, if they must be, and not during the first step
-        wanted = run_time_shards(self.config, world.rank, world.size, self.run.quant)
+        layout = world.size, self.run.quant, self.run.deterministic
+        wanted = run_time_shards(self.config, world.rank, *layout)
         wanted = {name: shard for name, shard in wanted.items() if not (has_blocks and block_of(name))}
         with Quantizer(self.run.quant, wanted.values(), world) as finish:
-            model = build(self.config, world.size, self.run.quant, self.dtype)
+            model = self.mode.build(self.config, world.size, self.run.quant, self.dtype)
             parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
             progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
             parameters = tqdm(parameters, "loading", **progress)
@@ -145,7 +149,7 @@ class LLM:
         self.not_finite = finish.not_finite
         if self.store and self.not_finite:
             self.store.forget()  # so that the next run warns as well
-        if world.is_leader and (padding := padding_share(self.config, world.size, self.run.quant)):
+        if world.is_leader and (padding := padding_share(self.config, *layout)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
             say(f"{self.config.name} over {counted(world.size, 'rank')}: {cost}")
         return model
@@ -228,7 +232,7 @@ class LLM:
         self.shape = max(self.shape, (num_slots, max_seq_len), key=math.prod)
         with self.world.together():
             self.check_fits(shape)
-            cache = KVCache.allocate(
+            cache = self.mode.allocate(
                 self.config,
                 self.world.size,
                 num_slots=num_slots,
@@ -236,7 +240,7 @@ class LLM:
                 dtype=self.dtype,
                 device=self.world.device,
             )
-            return Runner(self.config, self.model, cache)
+            return self.mode.runner(self.config, self.model, cache)
 
     def shape_for(self, answers: Sequence[Answer]) -> list[int]:
         """Slots and positions of the cache that `answers` need."""
@@ -265,12 +269,19 @@ class LLM:
         """Leave the other ranks, all of them together, and free the weights. Nothing happens the second time."""
         if self.closed:
             return
-        self.model, self.closed = None, True
+        self.closed = True
+        self.free()
+        self.world.close()
+
+    def free(self) -> None:
+        """Free the weights: the ranks are left for another model."""
+        self.model = None
         if self.store:
             self.store.close()
         self.store = None
         self.peak_memory.close()
-        self.world.close()
+        if self.run.deterministic:
+            go_any_way(self.world.device, threads_per_rank(self.world.local_size))
 
     def close_alone(self) -> None:
         """After a failure: one rank alone can go on with another model; several may be out of step, and end."""

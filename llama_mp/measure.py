@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llama_mp.errors import say
 from llama_mp.files import json_bytes, write_whole
 from llama_mp.llm import LLM
 from llama_mp.locate import Checkpoint
-from llama_mp.memory import kv_cache_bytes
+from llama_mp.memory import cache_bytes, parameters_of
 from llama_mp.parallel import connect
 from llama_mp.records import RecordConfig
 from llama_mp.request import Request
@@ -37,24 +38,37 @@ def run_bench(flags: BenchFlags, checkpoint: Checkpoint) -> None:
     with LLM.of_checkpoint(run, checkpoint, world, codec=None) as llm:
         if world.is_leader:
             print(model_line(llm), flush=True)
-            runs = repeat(llm, run)
-            llm.dismiss()
-        else:
-            runs = []
-            while llm.follow():
-                pass
-        memory = memory_of(llm)
+        runs, memory = repeat(llm, run), memory_of(llm)
+        cost = cost_of_deterministic(llm, run, runs) if flags.deterministic else {}
         if world.is_leader:
-            result = rounded(result_of(llm, flags, ceiling, runs) | memory)
+            result = rounded(result_of(llm, flags, ceiling, runs) | cost | memory)
             if flags.record is not None:
                 write_record(llm, flags, result)
             show(result, flags)
 
 
 def repeat(llm: LLM, flags: BenchFlags) -> list[dict[str, float]]:
-    """Rank 0: the rates of REPETITIONS runs, after one that warms up and counts for nothing."""
+    """Rank 0: the rates of REPETITIONS runs, after one that warms up and counts for nothing. The others take part."""
+    if not llm.world.is_leader:
+        while llm.follow():
+            pass
+        return []
     run_once(llm, flags, min(flags.gen_len, WARM_UP_TOKENS))
-    return [run_once(llm, flags, flags.gen_len) for _ in range(REPETITIONS)]
+    runs = [run_once(llm, flags, flags.gen_len) for _ in range(REPETITIONS)]
+    llm.dismiss()
+    return runs
+
+
+def cost_of_deterministic(llm: LLM, flags: BenchFlags, runs: list[dict[str, float]]) -> dict[str, float]:
+    """How many times as long as in the ordinary mode: `llm` makes room for it, and the same is measured again."""
+    llm.free()
+    ordinary = LLM.of_checkpoint(replace(flags, deterministic=False), llm.checkpoint, llm.world, codec=None)
+    others = repeat(ordinary, flags)
+    ordinary.free()
+    if not runs:
+        return {}
+    slow, fast = median_of(runs), median_of(others)
+    return {f"{name}_to_ordinary": slow[f"{name}_s"] / fast[f"{name}_s"] for name in ("ttft", "tpot")}
 
 
 def run_once(llm: LLM, flags: BenchFlags, gen_len: int) -> dict[str, float]:
@@ -83,12 +97,12 @@ def rates_of(llm: LLM) -> dict[str, float | None]:
 
 
 def decode_bytes(llm: LLM) -> int:
-    """Bytes that the decode steps had to read, over all ranks: the weights once a step, and the cache in use."""
-    embedding = llm.model.tok_embeddings.weight  # a lookup reads a row of it, tied embeddings the whole as output
-    mp, dtype = llm.world.size, DTYPE_NAMES[llm.dtype]
-    untied = 0 if llm.config.tied_embeddings else embedding.numel() * embedding.element_size() * mp
-    position = mp * kv_cache_bytes(llm.config, mp, dtype, batch_size=1, seq_len=1)
-    return llm.stats.decode_steps * (llm.loaded.weight_bytes - untied) + llm.stats.decode_positions * position
+    """Bytes that the decode steps had to read, over all ranks: the weights once a step, or for each row where rows are
+    computed one at a time; and the cache in use."""
+    stats, mp, two_positions = llm.stats, llm.world.size, llm.fitting.workload((1, 2))
+    weights = llm.loaded.weight_bytes - mp * parameters_of(llm.config, mp, two_positions).lookup
+    num_reads = stats.decoded_tokens if llm.run.deterministic else stats.decode_steps
+    return num_reads * weights + stats.decode_positions * mp * cache_bytes(llm.config, mp, two_positions) // 2
 
 
 def median_of(runs: list[dict[str, float | None]]) -> dict[str, float]:
@@ -128,6 +142,7 @@ def what_ran(llm: LLM) -> dict[str, Any]:
         "dtype": dtype_name(llm),
         "quant": llm.run.quant,
         "offload": llm.run.offload,
+        "deterministic": llm.run.deterministic,
         "device_type": llm.world.device.type,
         "device": device_name(llm.world.device),
         "device_memory_bytes": device_memory_bytes(llm.world.device),
@@ -211,6 +226,7 @@ def ceiling_line(ceiling: Ceiling, world: World) -> str:
 def model_line(llm: LLM) -> str:
     kind = "random weights" if llm.checkpoint.kind == "random" else "weights"
     weights = "" if llm.run.quant == "none" else f", weights {llm.run.quant}"
+    weights += ", deterministic" if llm.run.deterministic else ""
     tokens = f"{llm.config.name}, MP {llm.world.size}, {dtype_name(llm)}{weights} on {device_name(llm.world.device)}"
     return f"{tokens}: {kind} of {llm.loaded.weight_bytes / 1e9:.2f} GB in {llm.loaded.seconds:.1f} s"
 

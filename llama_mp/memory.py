@@ -7,12 +7,13 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from llama_mp.activations import FP32, decode_bytes, prefill_bytes, rotation_bytes, sizes_of
-from llama_mp.chunks import LOAD_ELEMENTS, PREFILL_CHUNK, QUANTIZE_ELEMENTS
+from llama_mp.activations import FP32, decode_bytes, prefill_bytes, rotation_bytes, sizes_of, sums_bytes
+from llama_mp.chunks import LOAD_ELEMENTS, PREFILL_CHUNK, QUANTIZE_ELEMENTS, SCORED_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError
 from llama_mp.flags import check_at_least
 from llama_mp.layout import Shard, check_degree, fuse, heads_per_rank, padded, shards
+from llama_mp.virtual import ALIGNMENT, check_virtual, degrees, layout_degree, slot_length, virtual_shards
 
 BYTES_PER_ELEMENT = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 INT8_SCALE_BYTES = 4  # an fp32 scale for each row, to whose alignment the row's codes are filled up
@@ -20,7 +21,6 @@ INT4_GROUP = 32  # weights of a row that share a scale and an offset, in fp16 ea
 INT4_GROUP_BYTES = INT4_GROUP // 2 + 2 + 2
 QUANTIZING_BYTES = 16  # beside each element that is being packed or unpacked: fp32 thrice, and smaller things
 BLOCK_SLOTS = 2  # offloading: one block computes while the next one comes
-ALIGNMENT = 64  # bytes, of a parameter in the buffer of its block: as torch aligns a tensor on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Workload:
     seq_len: int = 2048
     device: Literal["cuda", "cpu"] = "cuda"
     num_staying: int = 0  # blocks that stay on the device when the others wait elsewhere
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(self, batch_size=1, seq_len=2)
@@ -67,17 +68,19 @@ def rank_memory(config: ModelConfig, mp: int, workload: Workload) -> RankMemory:
     Loading and computing do not overlap: what one of them needs beside the weights, the other finds free again."""
     weights = device_weight_bytes(config, mp, workload)
     weights += waiting_bytes(config, mp, workload) if workload.device == "cpu" else 0  # in the same memory
-    cache = kv_cache_bytes(config, mp, workload.dtype, batch_size=workload.batch_size, seq_len=workload.seq_len)
+    cache = cache_bytes(config, mp, workload)
     activations = max(pass_bytes(config, mp, workload), loading_bytes(config, mp, workload) - cache)
     return RankMemory(weights, cache, activations, runtime_bytes(mp, workload.device))
 
 
 def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """The table of rotations, and the larger of the last pass over a prompt as long as the row and of a step."""
-    sizes = sizes_of(config, mp, workload.element_bytes, hidden_unit(workload.quant), on_cpu=workload.device == "cpu")
+    degree, unit = layout_degree(mp, workload.deterministic), hidden_unit(workload.quant)
+    sizes = sizes_of(config, degree, workload.element_bytes, unit, on_cpu=workload.device == "cpu")._replace(mp=mp)
     length = workload.seq_len
-    num_tokens = min(PREFILL_CHUNK, length - 1)
-    passes = (prefill_bytes(sizes, num_tokens, length - 1), decode_bytes(sizes, workload.batch_size, length))
+    num_tokens = min(SCORED_CHUNK if workload.deterministic else PREFILL_CHUNK, length - 1)
+    sums = sums_bytes(sizes, num_tokens, degree // mp) if workload.deterministic else 0
+    passes = (prefill_bytes(sizes, num_tokens, length - 1) + sums, decode_bytes(sizes, workload.batch_size, length))
     workspace = CUBLAS_BYTES if workload.device == "cuda" else 0
     return rotation_bytes(config, length) + workspace + unpacked_bytes(workload) + max(passes)
 
@@ -90,7 +93,7 @@ def unpacked_bytes(workload: Workload) -> int:
 def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """Beside the weights while they load: a chunk as it is read; or a parameter that is read, in the place of what it
     will be packed into, and then packed."""
-    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant).values()
+    held = run_time_shards(replace(config, num_layers=1), 0, mp, workload.quant, workload.deterministic).values()
     elements = min(LOAD_ELEMENTS, max(shard.num_elements for shard in held))
     chunk = elements * (FP32 if workload.device == "cpu" else workload.element_bytes)
     unpacked = [shard for shard in held if is_quantized(shard, workload.quant)]
@@ -104,8 +107,13 @@ def loading_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
 # ---- weights ---------------------------------------------------------------------------------------------------
 
 
-def run_time_shards(config: ModelConfig, rank: int, mp: int, quant: str = "none") -> dict[str, Shard]:
-    """The parameters as a run holds them: fused; for int4 the hidden size filled up to whole groups on each rank."""
+def run_time_shards(
+    config: ModelConfig, rank: int, mp: int, quant: str = "none", deterministic: bool = False
+) -> dict[str, Shard]:
+    """The parameters as a run holds them: fused; for int4 the hidden size filled up to whole groups on each rank; with
+    `deterministic` those of each virtual rank that it plays."""
+    if deterministic:
+        return virtual_shards(config, rank, mp)
     return fuse(shards(config, rank, mp, hidden_unit=hidden_unit(quant)))
 
 
@@ -119,9 +127,16 @@ def can_quantize(config: ModelConfig, mp: int, quant: str) -> bool:
     return quant != "int4" or mp == 1 or config.head_dim % INT4_GROUP == 0
 
 
-def check_layout(config: ModelConfig, mp: int, quant: str) -> None:
-    """Raise RequestError where no layout of degree `mp` exists, or none whose codes are those of one rank."""
+def can_run(config: ModelConfig, mp: int, workload: Workload) -> bool:
+    """Whether the degree, which has a layout, suits the workload."""
+    return can_quantize(config, mp, workload.quant) and mp in degrees(config, workload.deterministic)
+
+
+def check_layout(config: ModelConfig, mp: int, quant: str, deterministic: bool = False) -> None:
+    """Raise RequestError where no layout of degree `mp` exists, or none whose codes or bits are those of one rank."""
     check_degree(config, mp)
+    if deterministic:
+        check_virtual(config, mp)
     if not can_quantize(config, mp, quant):
         raise RequestError(
             f"--quant int4 over {mp} ranks: model {config.name} has heads of {config.head_dim}, which groups of "
@@ -161,12 +176,15 @@ class WeightBytes(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def parameters(config: ModelConfig, rank: int, mp: int, quant: str, dtype: str) -> WeightBytes:
+def parameters(
+    config: ModelConfig, rank: int, mp: int, quant: str, dtype: str, deterministic: bool = False
+) -> WeightBytes:
     """Summed over one block, since the layout of each is the same."""
-    held = run_time_shards(replace(config, num_layers=1), rank, mp, quant)
+    held = run_time_shards(replace(config, num_layers=1), rank, mp, quant, deterministic)
     sizes = {name: shard_bytes(shard, quant, BYTES_PER_ELEMENT[dtype]) for name, shard in held.items()}
     block = [size for name, size in sizes.items() if name.startswith("layers.")]
-    lookup = 0 if config.tied_embeddings else sizes["tok_embeddings.weight"]
+    embeddings = sum(size for name, size in sizes.items() if name.startswith("tok_embeddings."))
+    lookup = 0 if config.tied_embeddings else embeddings
     buffer = sum(padded(size, ALIGNMENT) for size in block)
     return WeightBytes(sum(block), sum(sizes.values()) - sum(block), lookup, buffer)
 
@@ -177,6 +195,11 @@ def weight_bytes(config: ModelConfig, rank: int, mp: int, dtype: str, quant: str
     return config.num_layers * held.block + held.others
 
 
+def parameters_of(config: ModelConfig, mp: int, workload: Workload) -> WeightBytes:
+    """What rank 0 holds, the largest."""
+    return parameters(config, 0, mp, workload.quant, workload.dtype, workload.deterministic)
+
+
 def num_streamed(config: ModelConfig, workload: Workload) -> int:
     """Blocks that come and go: none where all that do not stay would find a slot each."""
     leaving = 0 if workload.offload == "none" else config.num_layers - workload.num_staying
@@ -185,7 +208,7 @@ def num_streamed(config: ModelConfig, workload: Workload) -> int:
 
 def device_weight_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """Weights on the device: all of them; with offloading what is outside of the blocks, those that stay, two slots."""
-    held = parameters(config, 0, mp, workload.quant, workload.dtype)
+    held = parameters_of(config, mp, workload)
     streamed = num_streamed(config, workload)
     if streamed == 0:
         return config.num_layers * held.block + held.others
@@ -197,18 +220,19 @@ def waiting_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     streamed = num_streamed(config, workload)
     by_way = BLOCK_SLOTS if streamed and workload.device == "cuda" else 0  # a CPU reads into the slots themselves
     num_buffers = streamed if workload.offload == "cpu" else by_way
-    return num_buffers * parameters(config, 0, mp, workload.quant, workload.dtype).buffer
+    return num_buffers * parameters_of(config, mp, workload).buffer
 
 
 def decode_read_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
-    """Weights that one rank reads in a step."""
-    held = parameters(config, 0, mp, workload.quant, workload.dtype)
-    return config.num_layers * held.block + held.others - held.lookup
+    """Weights that one rank reads in a step; anew for each row where rows are computed one at a time."""
+    held = parameters_of(config, mp, workload)
+    num_reads = workload.batch_size if workload.deterministic else 1
+    return num_reads * (config.num_layers * held.block + held.others - held.lookup)
 
 
 def offloaded_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """What comes to the device of one rank in a step."""
-    return num_streamed(config, workload) * parameters(config, 0, mp, workload.quant, workload.dtype).block
+    return num_streamed(config, workload) * parameters_of(config, mp, workload).block
 
 
 def checkpoint_bytes(config: ModelConfig, dtype: str) -> int:
@@ -224,9 +248,18 @@ def kv_cache_bytes(config: ModelConfig, mp: int, dtype: str, *, batch_size: int,
     return elements * BYTES_PER_ELEMENT[dtype]
 
 
-def padding_share(config: ModelConfig, mp: int, quant: str = "none") -> float:
+def cache_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """One rank's keys and values, of all its parts."""
+    degree, length = layout_degree(mp, workload.deterministic), workload.seq_len
+    length = slot_length(config, length, workload.element_bytes) if workload.deterministic else length
+    cache = kv_cache_bytes(config, degree, workload.dtype, batch_size=workload.batch_size, seq_len=length)
+    return degree // mp * cache
+
+
+def padding_share(config: ModelConfig, mp: int, quant: str = "none", deterministic: bool = False) -> float:
     """Zeros and repeated KV heads over all ranks, as a share of the model's own matrix elements (norms aside)."""
-    held = [shard for rank in range(mp) for shard in run_time_shards(config, rank, mp, quant).values()]
+    ranks = [run_time_shards(config, rank, mp, quant, deterministic) for rank in range(mp)]
+    held = [shard for rank in ranks for shard in rank.values()]
     matrices = [shard for shard in held if len(shard.shape) == 2]
     own = sum(shard.num_elements for shard in shards(config, 0, 1).values() if len(shard.shape) == 2)
     return sum(shard.num_elements for shard in matrices) / own - 1

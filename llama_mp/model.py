@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
@@ -37,27 +38,28 @@ class WithoutWeights(nn.Module):
 
 
 class ColumnLinear(WithoutWeights, ColumnParallelLinear):
-    """fairscale's layer with its output left split, without the autograd wrappers of training."""
+    """fairscale's layer with its output left split, without the autograd wrappers of training. `num_out`: its own."""
 
     precision = torch.float32  # of the run, as `build` is told
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, gather_output=False)
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__(num_in, num_out * get_model_parallel_world_size(), bias=False, gather_output=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.precision)
 
 
 class RowLinear(WithoutWeights, RowParallelLinear):
-    """fairscale's layer on an input that is split already; the sum over the ranks is the output."""
+    """fairscale's layer on an input that is split already, `num_in` of it here; its output is yet to be summed over the
+    ranks."""
 
     precision = torch.float32
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, input_is_parallel=True)
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__(num_in * get_model_parallel_world_size(), num_out, bias=False, input_is_parallel=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce(linear(x, self.weight, self.precision))
+        return linear(x, self.weight, self.precision)
 
 
 class Embedding(WithoutWeights, VocabParallelEmbedding):
@@ -99,13 +101,15 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """What one rank of `mp` adds to the sum over all."""
+
     def __init__(self, config: ModelConfig, mp: int) -> None:
         super().__init__()
         self.num_kv_heads, self.num_heads = heads_per_rank(config, mp)
         self.head_dim = config.head_dim
         num_fused = self.num_heads + 2 * self.num_kv_heads
-        self.wqkv = ColumnLinear(config.dim, mp * num_fused * config.head_dim)
-        self.wo = RowLinear(mp * self.num_heads * config.head_dim, config.dim)
+        self.wqkv = ColumnLinear(config.dim, num_fused * config.head_dim)
+        self.wo = RowLinear(self.num_heads * config.head_dim, config.dim)
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`keys`, `values`: this layer's cache [slots, positions, K, D]; the tokens' own are written first."""
@@ -143,14 +147,15 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x), the gate w1 and the up projection w3 in one matrix."""
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x), the gate w1 and the up projection w3 in one matrix.
+
+    What one rank of `mp` adds to the sum over all."""
 
     def __init__(self, config: ModelConfig, mp: int) -> None:
         super().__init__()
-        hidden_dim = padded(config.hidden_dim, mp)
-        self.w13 = ColumnLinear(config.dim, 2 * hidden_dim)
-        self.w2 = RowLinear(hidden_dim, config.dim)
-        self.hidden_dim = hidden_dim // mp
+        self.hidden_dim = padded(config.hidden_dim, mp) // mp
+        self.w13 = ColumnLinear(config.dim, 2 * self.hidden_dim)
+        self.w2 = RowLinear(self.hidden_dim, config.dim)
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         return self.w2(swiglu(self.w13(x_NC)))
@@ -169,8 +174,8 @@ class Block(nn.Module):
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
             return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
-        x_NC = x_NC + self.attention(self.attention_norm(x_NC), step, keys, values)
-        return x_NC + self.feed_forward(self.ffn_norm(x_NC))
+        x_NC = x_NC + reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
+        return x_NC + reduce(self.feed_forward(self.ffn_norm(x_NC)))
 
     def in_two_calls(
         self, halves: tuple[Half, Half], x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
@@ -205,7 +210,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, mp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = ColumnLinear(config.dim, vocab_size)
+        self.output = ColumnLinear(config.dim, vocab_size // mp)
 
     def forward(self, tokens_N: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
         """Hidden states [N, C] before the last norm."""
@@ -237,17 +242,23 @@ def build(config: ModelConfig, mp: int, quant: str = "none", precision: torch.dt
     with torch.device("meta"), without_filling():
         model = Transformer(config, mp).eval().requires_grad_(False)
     for module in model.modules():
+        is_tied = module is model.output and config.tied_embeddings
+        if quant != "none" and isinstance(module, ColumnLinear | RowLinear) and not is_tied:
+            module.weight = nn.Parameter(empty_packed(module.weight, quant), requires_grad=False)
+    set_precision(model, precision)
+    return model
+
+
+def set_precision(model: nn.Module, precision: torch.dtype) -> None:
+    """Tell the products of `model` what they may round to."""
+    for module in model.modules():
         if isinstance(module, ColumnLinear | RowLinear):
             module.precision = precision
-            is_tied = module is model.output and config.tied_embeddings
-            if quant != "none" and not is_tied:
-                module.weight = nn.Parameter(empty_packed(module.weight, quant), requires_grad=False)
-    return model
 
 
 def fill(model: Transformer, parameters: dict[str, torch.Tensor]) -> None:
     """Give `model` its weights, every one of them. Tied embeddings serve as the output matrix too."""
-    parameters = {"output.weight": parameters["tok_embeddings.weight"], **parameters}
-    model.load_state_dict(parameters, strict=True, assign=True)
+    tied = {name.replace("tok_embeddings", "output"): p for name, p in parameters.items() if name.startswith("tok_")}
+    model.load_state_dict(tied | parameters, strict=True, assign=True)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"{len(left)} parameters without weights: {left[:3]}"

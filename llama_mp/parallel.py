@@ -186,6 +186,16 @@ def reduce(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def all_gather(x: torch.Tensor) -> list[torch.Tensor]:
+    """`x` of each model-parallel rank, in their order, on all of them."""
+    group = fairscale_groups.get_model_parallel_group()
+    if group.size() == 1:
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
+
+
 def gather_columns(x_NV: torch.Tensor) -> torch.Tensor | None:
     """Rank 0: the ranks' parts of each row side by side, [N, V x mp]. The others: None."""
     group = fairscale_groups.get_model_parallel_group()

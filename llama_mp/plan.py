@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_mp.advice import Device, Option, advice, fits, max_batch_size, with_staying
-from llama_mp.config import ModelConfig, load_size, size_names
+from llama_mp.config import ModelConfig, check_deterministic, load_size, size_names
 from llama_mp.errors import RequestError
 from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.gpus import Gpu, card_of, find_gpu, gpu_of_this_machine
@@ -20,6 +20,7 @@ from llama_mp.memory import (
     offloaded_bytes,
     rank_memory,
 )
+from llama_mp.virtual import degrees
 
 TABLE_DEGREES = (1, 2, 4, 8)
 PUBLISHED = "fp16"  # what checkpoints are published in has 2 bytes a weight, whatever computes
@@ -35,6 +36,7 @@ class PlanFlags(Flags):
     dtype: Literal["fp32", "tf32", "fp16", "bf16"] = flag("fp16", "precision of weights and computation")
     quant: Literal["none", "int8", "int4"] = flag("none", "weights of the matrices in fewer bits")
     offload: Literal["none", "cpu", "disk"] = flag("none", "where blocks wait that are not on the device")
+    deterministic: bool = flag(False, "a run whose bits are the same over 1, 2, 4 and 8 ranks")
     gpu: str | None = flag(None, 'a card, such as "RTX 3090"; default: the one of this machine')
     vram_gib: float | None = flag(None, "memory of any other card, in GiB (2**30 bytes)")
     json: bool = flag(False, "print JSON, sizes in bytes")
@@ -45,6 +47,7 @@ class PlanFlags(Flags):
         if self.guide and [f.name for f in fields(self) if getattr(self, f.name) != f.default] != ["guide"]:
             raise RequestError("--guide takes no other flag: it writes the whole page")
         check_at_least(self, mp=1, batch_size=1, seq_len=2, vram_gib=0)
+        check_deterministic(self)
         for one, other in (("size", "ckpt_dir"), ("gpu", "vram_gib")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise RequestError(f"--{one} and --{other} are both given: drop one")
@@ -59,6 +62,7 @@ class PlanFlags(Flags):
             offload=self.offload,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
+            deterministic=self.deterministic,
         )
 
     def find_card(self) -> Gpu | None:
@@ -109,6 +113,10 @@ class Plan:
         return self.device and max_batch_size(self.config, self.mp, self.workload, self.device)
 
     @property
+    def valid_mp(self) -> list[int]:
+        return degrees(self.config, self.workload.deterministic)
+
+    @property
     def heads(self) -> int:
         """Query heads over all ranks, those of zeros included."""
         return self.mp * heads_per_rank(self.config, self.mp)[1]
@@ -124,13 +132,14 @@ class Plan:
             "mp": self.mp,
             "dtype": self.workload.dtype,
             "quant": self.workload.quant,
+            "deterministic": self.workload.deterministic,
             "batch_size": self.workload.batch_size,
             "seq_len": self.workload.seq_len,
             "per_rank": self.per_rank._asdict() | {"total_bytes": self.per_rank.total_bytes},
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
             "fits": self.fits,
-            "valid_mp": list(range(1, self.config.num_heads + 1)),
+            "valid_mp": self.valid_mp,
             "max_batch_size": self.max_batch_size,
         }
 
@@ -139,7 +148,7 @@ def plan_one(flags: PlanFlags, config: ModelConfig, files: tuple[Path, ...] = ()
     """The plan for `config`, or its checkpoint in `files`. Raises RequestError for what it cannot run."""
     if flags.seq_len > config.context_length:
         raise RequestError(f"--seq_len is {flags.seq_len}, above {config.context_length}, the context of {config.name}")
-    check_layout(config, flags.mp or 1, flags.quant)
+    check_layout(config, flags.mp or 1, flags.quant, flags.deterministic)
     return Plan(
         config=config,
         mp=flags.mp or 1,
@@ -156,7 +165,7 @@ def plan_all(flags: PlanFlags) -> Iterator[Plan]:
         if flags.seq_len > config.context_length:
             continue
         for mp in (flags.mp,) if flags.mp else TABLE_DEGREES:
-            if mp <= config.num_heads:
+            if mp in degrees(config, flags.deterministic):
                 yield Plan(
                     config=config,
                     mp=mp,

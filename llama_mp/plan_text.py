@@ -9,6 +9,7 @@ from llama_mp.gpus import GIB, RESERVED
 from llama_mp.layout import padded_sizes
 from llama_mp.memory import hidden_unit
 from llama_mp.plan import Plan
+from llama_mp.virtual import layout_degree
 
 GB = 1e9
 WIDTH = 100  # columns of a sentence
@@ -30,6 +31,7 @@ def page(plan: Plan, *, coloured: bool) -> str:
     """One plan as lines."""
     workload, memory = plan.workload, plan.per_rank
     asked = [workload.dtype, f"quant {workload.quant}", f"offload {workload.offload}"]
+    asked += ["deterministic"] if workload.deterministic else []
     title = f"{plan.config.name} over {counted(plan.mp, 'rank')}, batch {workload.batch_size}, "
     title += f"length {workload.seq_len}, {', '.join(part for part in asked if not part.endswith(' none'))}"
     rows = [
@@ -48,11 +50,12 @@ def page(plan: Plan, *, coloured: bool) -> str:
         f"on disk {plan.disk_bytes / GB:.1f} GB; main memory while all ranks load: {plan.host_bytes / GB:.1f} GB, "
         "and what caches the files"
     )
-    padding = padded_sizes(plan.config, plan.mp, hidden_unit(workload.quant))
+    works = plan.valid_mp
+    padding = padded_sizes(plan.config, layout_degree(plan.mp, workload.deterministic), hidden_unit(workload.quant))
     if padding:
         held = ", ".join(f"{name} {size}" for name, size in padding.items())
         lines.append(f"filled up with zeros, or repeated, to divide over the ranks: {held}")
-    lines.append(f"ranks that work: 1 to {plan.config.num_heads}")
+    lines.append(f"ranks that work: {', '.join(map(str, works)) if workload.deterministic else f'1 to {works[-1]}'}")
     return "\n".join([*lines, *verdict(plan, coloured), painted(textwrap.fill(ERROR, WIDTH), FAINT, coloured)])
 
 

@@ -207,7 +207,8 @@ long all_reduce(group *g, char *data, long count, long kind, long operation) {
     return 0;
 }
 
-/* Rank `root` gets each rank's `num_bytes` of `data` in `targets`, which only it has. */
+/* Rank `root` gets each rank's `num_bytes` of `data` in `targets`, which only it has. Each may name itself: then all get
+ * them. */
 long gather(group *g, const char *data, long num_bytes, char **targets, long root) {
     for (long done = 0; done < num_bytes; done += g->slot_bytes, g->turn++) {
         long some = num_bytes - done < g->slot_bytes ? num_bytes - done : g->slot_bytes;

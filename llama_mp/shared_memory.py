@@ -126,9 +126,19 @@ class SharedMemory(dist.ProcessGroup):
                 tensor.copy_(x)
         return Done()
 
+    def allgather(
+        self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], options: Any = None
+    ) -> "Done":
+        """Each rank's `outputs` become the ranks' `inputs`."""
+        return self.gather_to(self.rank(), outputs, inputs)
+
     def gather(self, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor], options: Any) -> "Done":
         """The root's `outputs` become the ranks' `inputs`."""
-        [x], root = inputs, options.rootRank
+        return self.gather_to(options.rootRank, outputs, inputs)
+
+    def gather_to(self, root: int, outputs: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> "Done":
+        """`gather`, of which each rank may think itself the root: in C it only says who copies the parts."""
+        [x] = inputs
         x = x.contiguous()
         wanted = outputs[0] if self.rank() == root else []
         parts = [output.contiguous() for output in wanted]

@@ -17,7 +17,8 @@ from torch import nn
 
 from llama_mp.errors import RunError
 from llama_mp.layout import padded
-from llama_mp.memory import ALIGNMENT, BLOCK_SLOTS
+from llama_mp.memory import BLOCK_SLOTS
+from llama_mp.virtual import ALIGNMENT
 
 PRIVATE_PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 # Fills a flat buffer in main memory with the bytes of a block.

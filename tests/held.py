@@ -3,14 +3,16 @@
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import torch
 
+import llama_mp.compare_logits
 from llama_mp import machine
 from llama_mp.checkpoint.load import load_shards, open_source
 from llama_mp.checkpoint.reshard import Job
-from llama_mp.checkpoint.verify import VerifyFlags, verify
+from llama_mp.checkpoint.verify import LogitsCheck, VerifyFlags, verify
+from llama_mp.compare_logits import compare_logits
 from llama_mp.layout import fuse, shards
 from llama_mp.locate import Checkpoint, config_of, files_of
 from llama_mp.machine import private_bytes
@@ -74,3 +76,15 @@ def freed_between_tensors(*, ours: bool) -> int:
     full = private_bytes()
     del blocks[::2]
     return full - private_bytes()
+
+
+def comparing_logits(path: Path, against: Path) -> dict[str, Any]:
+    watch = Watch()
+    logits = compare_logits(path, against)
+    return watch.read() | {"equal": logits.equal}
+
+
+def without_memory(path: Path, against: Path) -> LogitsCheck:
+    """What is said where next to no memory is free."""
+    with patch.object(llama_mp.compare_logits, "free_host_bytes", lambda: 10_000):
+        return compare_logits(path, against)

@@ -58,6 +58,31 @@ def ask_one(llm: LLM, prompt: list[int], num_tokens: int) -> Found | None:
     return Found(logits=logits, tokens=request.tokens)
 
 
+def every_bit(
+    paths: list[Path], tokenizer: Path, prompt: list[int], num_steps: int, **flags: Any
+) -> list[np.ndarray] | None:
+    """--deterministic: the logits [tokens, vocabulary] of the prompt and of greedy steps after it, from each path."""
+    world, found = connect(RunConfig(device="cpu")), []
+    for path in paths:
+        llm = load(world, path, tokenizer, deterministic=True, **flags)
+        found.append(logits_of_steps(llm, prompt, num_steps))
+        llm.free()
+    world.close()
+    return found if world.is_leader else None
+
+
+def logits_of_steps(llm: LLM, prompt: list[int], num_steps: int) -> np.ndarray | None:
+    runner = llm.prepare([1, len(prompt) + num_steps])
+    if not llm.world.is_leader:
+        return follow(runner)
+    leader = Leader(runner, llm.world)
+    rows = [leader.prefill(prompt, slot=0, start=0, all_logits=True)]
+    for position in range(len(prompt), len(prompt) + num_steps):
+        rows.append(leader.decode([int(rows[-1][-1].argmax())], [position]))
+    leader.stop()
+    return torch.cat(rows).numpy()
+
+
 def complete(leader: Leader, prompts: list[list[int]], samplings: list[SamplingConfig]) -> list[Request]:
     """The prompts run to their end by an engine that knows no end of sequence."""
     engine = Engine(leader, eos_ids=frozenset())
@@ -71,11 +96,16 @@ def complete(leader: Leader, prompts: list[list[int]], samplings: list[SamplingC
 
 
 def batch(
-    path: Path, tokenizer: Path, prompts: list[list[int]], samplings: list[SamplingConfig], num_slots: int
+    path: Path,
+    tokenizer: Path,
+    prompts: list[list[int]],
+    samplings: list[SamplingConfig],
+    num_slots: int,
+    **flags: Any,
 ) -> list[Request] | None:
     """The prompts together over `num_slots` slots, then each of them alone: requests of both, in this order."""
     world = connect(RunConfig(device="cpu"))
-    llm = load(world, path, tokenizer)
+    llm = load(world, path, tokenizer, **flags)
     longest = max(len(p) + s.max_gen_len for p, s in zip(prompts, samplings, strict=True))
     done: list[Request] = []
     for chosen, slots in [(range(len(prompts)), num_slots), *(([i], 1) for i in range(len(prompts)))]:
@@ -87,6 +117,7 @@ def batch(
         requests = complete(leader, [prompts[i] for i in chosen], [samplings[i] for i in chosen])
         leader.stop()
         done += requests
+    llm.free()
     world.close()
     return done if world.is_leader else None
 

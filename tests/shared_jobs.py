@@ -18,7 +18,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from llama_mp import compiled, parallel, shared_memory
 from llama_mp.config import RunConfig
 from llama_mp.machine import DTYPES
-from llama_mp.parallel import connect, reduce
+from llama_mp.parallel import all_gather, connect, reduce
 
 
 def sums(dtype: str, counts: Sequence[int]) -> list[tuple[bool, bool, bool]]:
@@ -38,6 +38,7 @@ def sums(dtype: str, counts: Sequence[int]) -> list[tuple[bool, bool, bool]]:
         gathered = [torch.empty_like(total) for _ in parts] if world.rank == root else None
         dist.gather(parts[world.rank], gathered, group=group, group_dst=root)
         all_there = gathered is None or all(map(torch.equal, gathered, parts))
+        all_there &= all(map(torch.equal, all_gather(parts[world.rank]), parts))
         results.append((torch.equal(summed, total), torch.equal(largest, torch.stack(parts).amax(0)), all_there))
     world.close()
     return results

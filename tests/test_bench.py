@@ -51,6 +51,7 @@ def test_prints_the_ceiling_first_and_the_contract_last(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert (result["size"], result["weights"], result["mp"], result["dtype"]) == ("smollm2-135m", "random", 1, "bf16")
     assert (result["batch_size"], result["seq_len"], result["repetitions"]) == (2, 22, 3)
+    assert result["deterministic"] is False and "tpot_to_ordinary" not in result
     (record,) = (tmp_path / "runs").iterdir()
     recorded = json.loads(record.read_text())
     assert result.items() <= recorded.items()
@@ -81,6 +82,19 @@ def test_several_ranks_measure_together(start: str) -> None:
     config = load_size("smollm2-135m")
     planned = rank_memory(config, 2, Workload(dtype="bf16", seq_len=22, device="cpu"))
     assert result["planned_memory_bytes"] == planned.allocated_bytes
+
+
+def test_the_cost_of_the_same_bits_is_measured() -> None:
+    done = bench("--mp", "2", "--deterministic", *SHORT)
+    result = result_of(done)
+    assert result["deterministic"] is True and ", bf16, deterministic on " in done.stdout
+    assert result["ttft_to_ordinary"] > 0 and result["tpot_to_ordinary"] > 0
+    ratios = (
+        f"take {result['ttft_to_ordinary']:.2f} times the ordinary mode's TTFT, {result['tpot_to_ordinary']:.2f} times"
+    )
+    assert ratios in done.stdout
+    workload = Workload(dtype="bf16", seq_len=22, device="cpu", deterministic=True)
+    assert result["planned_memory_bytes"] == rank_memory(load_size("smollm2-135m"), 2, workload).allocated_bytes
 
 
 def test_a_checkpoint_needs_no_tokenizer(tiny: Path, tmp_path: Path) -> None:

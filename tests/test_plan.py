@@ -30,7 +30,19 @@ from llama_mp.memory import Workload, checkpoint_bytes, rank_memory
 from llama_mp.plan import PlanFlags, plan_one
 
 PLAN = str(ROOT / "launch" / "plan.py")
-KEYS = ["size", "mp", "dtype", "quant", "batch_size", "seq_len", "per_rank", "host_bytes", "disk_bytes", "fits"]
+KEYS = [
+    "size",
+    "mp",
+    "dtype",
+    "quant",
+    "deterministic",
+    "batch_size",
+    "seq_len",
+    "per_rank",
+    "host_bytes",
+    "disk_bytes",
+    "fits",
+]
 KEYS += ["valid_mp", "max_batch_size"]
 PARTS = ["weights_bytes", "kv_cache_bytes", "activation_bytes", "runtime_bytes", "total_bytes"]
 # GB of the table that goes around: fp16, batch 2, length 1024. Model on disk, cache, total.

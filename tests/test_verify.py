@@ -118,6 +118,7 @@ def test_against_another_degree_and_format(tmp_path: Path) -> None:
         "faults": [],
         "against": str(other),
         "differences": [{"tensor": "output.weight", "difference": line.removeprefix("output.weight: ")}],
+        "logits": None,
     }
 
 

@@ -43,31 +43,45 @@ class Check(NamedTuple):
     num_bytes: int = 0
 
 
+class LogitsCheck(NamedTuple):
+    """Whether two checkpoints make the same logits, and what is to be said of it; None where they were not compared,
+    and why."""
+
+    equal: bool | None
+    text: str
+
+    @property
+    def line(self) -> str:
+        return f"not compared: {self.text}" if self.equal is None else self.text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     path: Path
     check: Check
     against: Path | None
     differences: list[Difference]
+    logits: LogitsCheck | None = None  # compare_logits.py makes them, once the rest has been looked at
 
     @property
     def failure(self) -> str | None:
         """The error's text, None when nothing is wrong."""
         told = [f"{counted(len(self.check.faults), 'fault')} in {self.path}"] if self.check.faults else []
         told += [f"{counted(len(self.differences), 'difference')} from {self.against}"] if self.differences else []
+        told += ["other logits"] if self.logits and self.logits.equal is False else []
         remedy = "get what is named again" if self.check.faults else "keep the one that you trust"
         return f"{' and '.join(told)}: {remedy}" if told else None
 
     @property
     def lines(self) -> list[str]:
+        logits = [f"logits: {self.logits.line}"] if self.logits else []
         if self.failure:
-            return [str(fault) for fault in (*self.check.faults, *self.differences)]
+            return [*map(str, self.check.faults), *map(str, self.differences), *logits]
         method, _, num_files, num_tensors, num_bytes = self.check
         tensors = "" if num_tensors is None else f", {counted(num_tensors, 'tensor')}"
         equal = f"; equal to {self.against} in every value" if self.against else ""
-        return [
-            f"{self.path} is whole: {counted(num_files, 'file')}{tensors}, {num_bytes} bytes; {MEANING[method]}{equal}"
-        ]
+        read = f"{counted(num_files, 'file')}{tensors}, {num_bytes} bytes"
+        return [f"{self.path} is whole: {read}; {MEANING[method]}{equal}", *logits]
 
     @property
     def as_json(self) -> str:
@@ -79,6 +93,7 @@ class Report:
                 "faults": [{"file": file, "tensor": tensor, "fault": text} for file, tensor, text in self.check.faults],
                 "against": str(self.against) if self.against else None,
                 "differences": [{"tensor": tensor, "difference": text} for tensor, text in self.differences],
+                "logits": self.logits and self.logits._asdict(),
             }
         )
 

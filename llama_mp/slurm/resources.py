@@ -13,6 +13,7 @@ from llama_mp.plan import Plan
 from llama_mp.slurm.flags import ClusterConfig, ModelJobFlags, ReshardJobFlags
 from llama_mp.slurm.site import Site
 from llama_mp.slurm.work import Work
+from llama_mp.virtual import degrees
 
 GB, GIB, MIB = 1e9, 2**30, 2**20
 USUAL_GPUS = 8  # of a node, where nothing says how many
@@ -66,7 +67,7 @@ class Demand:
             self.check_all_given()
         nodes, ranks = self.spread()
         if self.work is not None:
-            check_layout(self.work.config, nodes * ranks, flags.quant)
+            check_layout(self.work.config, nodes * ranks, flags.quant, flags.deterministic)
             self.check_fits(nodes * ranks)
         return Resources(
             nodes=nodes,
@@ -138,7 +139,7 @@ class Demand:
     def fewest(self) -> int:
         """The smallest number of ranks that the nodes can be given, and that fits. Raises RequestError for none."""
         config, shards = self.work.config, self.work.num_files or self.work.config.native_mp
-        possible = [ranks for ranks in range(1, config.num_heads + 1) if self.spread_of(ranks)]
+        possible = [ranks for ranks in degrees(config, self.flags.deterministic) if self.spread_of(ranks)]
         for ranks in possible:
             if ranks >= shards if self.card is None else self.fits(ranks):
                 return ranks

@@ -116,7 +116,8 @@ def bench_work(flags: BenchJobFlags, notes: list[str]) -> Work | None:
     if located is None:
         return None
     run = flags.completed(located[0])
-    tokens = BENCH_RUNS * flags.batch_size * flags.gen_len
+    num_runs = BENCH_RUNS * (2 if flags.deterministic else 1)  # beside the ordinary mode
+    tokens = num_runs * flags.batch_size * flags.gen_len
     return work(flags, located, num_rows=run.max_batch_size, seq_len=run.max_seq_len, tokens=tokens)
 
 
@@ -176,6 +177,7 @@ def work(flags: ModelJobFlags, located: Located, *, num_rows: int, seq_len: int,
             batch_size=num_rows,
             seq_len=seq_len,
             device="cpu" if on_cpu else "cuda",
+            deterministic=flags.deterministic,
         ),
         checkpoint_bytes=num_bytes or checkpoint_bytes(config, "fp16"),
         num_files=len(files) if checkpoint and checkpoint.kind == "meta" else 0,
