@@ -119,6 +119,7 @@ class Findings:
             "sums": [one._asdict() for one in self.sums],
             "unreached": [{"from": a, "to": b, "why": why} for a, b, why in self.unreached],
         }
+        named["silent"] = [{"rank": rank, "why": why} for rank, why in self.silent.items()]
         named["troubles"] = [trouble._asdict() for trouble in self.troubles]
         hosts = [asdict(host) | {"leftovers": [left._asdict() for left in host.leftovers]} for host in self.hosts]
         found = asdict(self) | named | {"hosts": hosts}
@@ -180,12 +181,12 @@ def of_memory(host: Host, found: Findings) -> Iterator[Fault]:
             f"{host.name}: /dev/shm has {host.shm_bytes / MIB:.0f} MiB, in which NCCL's ranks meet",
             "docker run --shm-size=1g (or --ipc=host); outside of containers mount -o remount,size=1g /dev/shm",
         )
-    if found.device == "cuda" and host.has_infiniband and host.memlock_bytes is not None:
-        if host.memlock_bytes < MEMLOCK_BYTES and len(found.hosts) > 1:
-            yield Fault(
-                f"{host.name}: a process may lock {host.memlock_bytes / MIB:.1f} MiB, too little for InfiniBand",
-                "ulimit -l unlimited, for the scheduler's daemon too; in Docker --ulimit memlock=-1",
-            )
+    needs_lock = found.device == "cuda" and host.has_infiniband and len(found.hosts) > 1
+    if needs_lock and host.memlock_bytes is not None and host.memlock_bytes < MEMLOCK_BYTES:
+        yield Fault(
+            f"{host.name}: a process may lock {host.memlock_bytes / MIB:.1f} MiB, too little for InfiniBand",
+            "ulimit -l unlimited, for the scheduler's daemon too; in Docker --ulimit memlock=-1",
+        )
 
 
 def of_gpus(found: Findings) -> Iterator[Fault]:

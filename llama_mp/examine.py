@@ -80,7 +80,7 @@ def meet(ward: Ward, found: Findings) -> None:
         return Patient(host, pid, deaths.born(pid))
 
     told = ward.together("the ranks' start", introduce, max(START_S, ward.limit_s))
-    ward.patients = [Patient(*one.result) for one in told]
+    ward.patients = [Patient(*one.result) for one in told.values()]
     found.places = [patient.host for patient in ward.patients]
 
 
@@ -96,7 +96,7 @@ def look_at_hosts(ward: Ward, found: Findings) -> None:
         return asdict(host(name, ward.world.local_size)) if is_first else None
 
     told = ward.together("the look at each host", look)
-    for rank, (result, trouble) in enumerate(told):
+    for rank, (result, trouble, _) in told.items():
         if trouble:
             what = f"{found.rank(rank)}: its host cannot be looked at: {trouble}"
             found.troubles.append(Fault(what, "see the system's log there (dmesg)"))
@@ -139,7 +139,7 @@ def look_at_devices(ward: Ward, found: Findings) -> None:
     def look() -> tuple[str, int, int]:
         return torch.cuda.get_device_name(device), *torch.cuda.mem_get_info(device)
 
-    for rank, (result, trouble) in enumerate(ward.together("the look at each GPU", look)):
+    for rank, (result, trouble, _) in ward.together("the look at each GPU", look).items():
         if trouble:
             what = f"{found.rank(rank)}: its GPU does not answer: {trouble}"
             found.troubles.append(Fault(what, "nvidia-smi -q and dmesg (Xid) show its state; reset it, or reboot"))

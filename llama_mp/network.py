@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -13,7 +13,7 @@ from llama_mp.doctor import Fault, Findings, Pair, Sum, carrier_advice, connecti
 from llama_mp.errors import RunError
 from llama_mp.parallel import cpu_backend, set_timeout
 from llama_mp.ports import Ear, unreached
-from llama_mp.ward import Told, Ward
+from llama_mp.ward import Told, Ward, cause
 from llama_mp.world import SETUP_TIMEOUT, World
 
 MAX_DEAD_PAIRS = 3  # each costs the limit
@@ -30,15 +30,15 @@ def look_at_ports(ward: Ward, found: Findings) -> None:
         return ears[0].host, ears[0].port
 
     told = ward.together("the ranks' listening", listen)
-    found.addresses = [result and f"{result[0]}:{result[1]}" for result, _ in told]
-    found.unreached = [(rank, rank, why) for rank, (_, why) in enumerate(told) if why]
-    listening = [(rank, tuple(result)) for rank, (result, _) in enumerate(told) if result]
+    found.addresses = [result and f"{result[0]}:{result[1]}" for result, *_ in told.values()]
+    found.unreached = [(rank, rank, one.trouble) for rank, one in told.items() if one.trouble]
+    listening = [(rank, tuple(one.result)) for rank, one in told.items() if one.result]
 
     def reach() -> list[tuple[int, str]]:
         missed = unreached([place for _, place in listening], ward.limit_s / 2)
         return [(listening[number][0], why) for number, why in missed.items()]
 
-    for rank, (result, trouble) in enumerate(ward.together("the ranks' reaching each other", reach)):
+    for rank, (result, trouble, _) in ward.together("the ranks' reaching each other", reach).items():
         found.unreached += [(rank, other, why) for other, why in result or []]
         if trouble:
             what = f"{found.rank(rank)} cannot try the others' ports: {trouble}"
@@ -70,9 +70,8 @@ def measure_network(ward: Ward, found: Findings) -> None:
         measure_sums(ward, found, carriers[0])
 
 
-def has_failed(told: Sequence[Told], what: str, found: Findings) -> bool:
-    """Whether any rank has; the first is reported, as the others fail for its sake."""
-    first = next(((rank, why) for rank, (_, why) in enumerate(told) if why), None)
+def has_failed(told: Mapping[int, Told], what: str, found: Findings) -> bool:
+    first = cause(told)
     if first:
         advice = carrier_advice(found, range(len(found.places)))
         found.troubles.append(Fault(f"{what}; {found.rank(first[0])}: {first[1]}", advice))
@@ -93,8 +92,8 @@ def measure_pairs(ward: Ward, found: Findings, group: dist.ProcessGroup) -> None
             return latency_s, LARGE_BYTES / exchange(ward.world.device, group, own, other, LARGE_BYTES, NUM_LARGE)
 
         told = ward.together(f"messages between ranks {pair[0]} and {pair[1]}", measure)
-        trouble = next((told[rank].trouble for rank in pair if told[rank].trouble), None)
-        found.pairs.append(Pair(pair, trouble=trouble) if trouble else Pair(pair, *told[pair[0]].result))
+        dead = cause({rank: told[rank] for rank in pair})
+        found.pairs.append(Pair(pair, trouble=dead[1]) if dead else Pair(pair, *told[pair[0]].result))
         if sum(bool(pair.trouble) for pair in found.pairs) == MAX_DEAD_PAIRS:
             found.left_out = f"further pairs, after {MAX_DEAD_PAIRS} dead ones"
             return
@@ -107,7 +106,7 @@ def exchange(
     back as something else."""
     sent = torch.arange(num_bytes // 4, dtype=torch.int32, device=device)
     taken = torch.zeros_like(sent)
-    times = []
+    times, is_whole = [], True
     for _ in range(1 + repetitions):
         taken.zero_()
         start = time.perf_counter()
@@ -119,8 +118,9 @@ def exchange(
             dist.send(taken, other, group)
         finish(device)
         times.append(time.perf_counter() - start)
-        if not torch.equal(sent, taken):
-            raise RunError(f"{num_bytes} bytes arrive changed")
+        is_whole &= torch.equal(sent, taken)
+    if not is_whole:
+        raise RunError(f"{num_bytes} bytes arrive changed")
     return statistics.median(times[1:]) / 2
 
 
@@ -130,15 +130,15 @@ def measure_sums(ward: Ward, found: Findings, group: dist.ProcessGroup) -> None:
             f"the all-reduce of {num_bytes} bytes",
             lambda num_bytes=num_bytes: all_reduce(ward.world, group, num_bytes, NUM_LARGE),
         )
-        trouble = next((f"{found.rank(rank)}: {why}" for rank, (_, why) in enumerate(told) if why), None)
-        found.sums.append(Sum(num_bytes, None if trouble else max(seconds for seconds, _ in told), trouble))
-        if trouble:
+        if failed := cause(told):
+            found.sums.append(Sum(num_bytes, trouble=f"{found.rank(failed[0])}: {failed[1]}"))
             return
+        found.sums.append(Sum(num_bytes, max(one.result for one in told.values())))
 
 
 def all_reduce(world: World, group: dist.ProcessGroup, num_bytes: int, repetitions: int) -> float:
     """Seconds, the median after a first one. Raises RunError for a wrong sum."""
-    times, wanted = [], world.size * (world.size + 1) // 2
+    times, wanted, is_right = [], world.size * (world.size + 1) // 2, True
     for _ in range(1 + repetitions):
         x = torch.full((num_bytes // 4,), world.rank + 1.0, device=world.device)
         finish(world.device)
@@ -146,8 +146,9 @@ def all_reduce(world: World, group: dist.ProcessGroup, num_bytes: int, repetitio
         dist.all_reduce(x, group=group)
         finish(world.device)
         times.append(time.perf_counter() - start)
-        if not bool((x == wanted).all()):
-            raise RunError(f"the sum is wrong: {x.min().item():g} to {x.max().item():g}, not {wanted}")
+        is_right &= bool((x == wanted).all())
+    if not is_right:
+        raise RunError(f"the sum is wrong, {x.min().item():g} to {x.max().item():g} where it is {wanted}")
     return statistics.median(times[1:])
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -32,6 +32,13 @@ class Told(NamedTuple):
 
     result: Any
     trouble: str | None
+    is_late: bool = False  # the trouble is a wait, for which another rank may be the cause
+
+
+def cause(told: Mapping[int, Told]) -> tuple[int, str] | None:
+    """The rank whose trouble explains those of the others, and that trouble; None when all is well."""
+    troubled = sorted((one.is_late, rank) for rank, one in told.items() if one.trouble)
+    return (troubled[0][1], told[troubled[0][1]].trouble) if troubled else None
 
 
 class Silence(RunError):
@@ -57,24 +64,24 @@ class Ward:
         self.world, self.limit_s, self.num_steps = world, limit_s, 0
         self.patients: list[Patient | None] = [None] * world.size
 
-    def together(self, step: str, work: Callable[[], Any], limit_s: float | None = None) -> list[Told]:
-        """What each rank's `work` returns, as JSON carries it. Raises Silence when a rank tells nothing."""
+    def together(self, step: str, work: Callable[[], Any], limit_s: float | None = None) -> dict[int, Told]:
+        """By rank what `work` returns there, as JSON carries it. Raises Silence when a rank tells nothing."""
         limit_s = limit_s or self.limit_s
         deadline = time.monotonic() + limit_s + GRACE_S
         try:
             told = Told(within(limit_s, work, self.world.device), None)
         except TimeoutError:
-            told = Told(None, f"no end after {limit_s:g} s")
+            told = Told(None, f"no end after {limit_s:g} s", is_late=True)
         except Exception as error:  # what goes wrong here is what is looked for
             told = Told(None, str(error).split("\n")[0] or type(error).__name__)
         if self.world.size == 1:
-            return [told]
+            return {0: told}
         self.num_steps += 1
         keys = [f"doctor/{self.num_steps}/{rank}" for rank in range(self.world.size)]
         self.world.store.set(keys[self.world.rank], json.dumps(told))
         if missing := self.missing(keys, deadline):
             raise Silence(missing, step)
-        return [Told(*json.loads(text)) for text in self.world.store.multi_get(keys)]
+        return {rank: Told(*json.loads(text)) for rank, text in enumerate(self.world.store.multi_get(keys))}
 
     def missing(self, keys: list[str], deadline: float) -> list[int]:
         """The ranks whose keys do not come; those that are known to be gone are not waited for."""
