@@ -21,6 +21,9 @@ FAST_ENOUGH_S = 1e-3  # a busy machine answers as late now and then
 HOST_BYTES = GIB // 2  # a rank's own, torch imported and CUDA's libraries loaded
 FREE_SHARE = 0.8  # of a GPU, with what the driver and one context take
 SHM_BYTES = 1e9  # NCCL's documentation (Troubleshooting, Shared memory) starts containers with --shm-size=1g
+LISTENING_ADVICE = (
+    "ip -br address lists the interfaces for GLOO_SOCKET_IFNAME, ulimit -n how many sockets a process has"
+)
 MEMLOCK_BYTES = 64 * MIB  # less cannot hold the buffers that InfiniBand sends from
 
 
@@ -213,16 +216,23 @@ def of_network(found: Findings) -> Iterator[Fault]:
                 f"{found.rank(rank)}: the host's name stands for {address}, where no other host finds it",
                 "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that joins the nodes (ip -br address)",
             )
-    for rank, other, why in found.unreached:
-        what = "cannot listen" if rank == other else f"does not reach {found.rank(other)}"
-        where = "" if rank == other else f" at {found.addresses[other]}"
-        yield Fault(f"{found.rank(rank)} {what}{where}: {why}", connections_advice(found.is_one_host((rank, other))))
+    alike: dict[tuple[str, str, bool], list[tuple[int, int, str]]] = {}
+    for rank, other, why in found.unreached:  # a firewall parts all ranks of two hosts
+        kind = found.places[rank], found.places[other], rank == other
+        alike.setdefault(kind, []).append((rank, other, why))
+    for (_, _, is_own), [(rank, other, why), *more] in alike.items():
+        if is_own:
+            what, advice = f"{found.rank(rank)} cannot listen: {why}", LISTENING_ADVICE
+        else:
+            what = f"{found.rank(rank)} does not reach {found.rank(other)} at {found.addresses[other]}: {why}"
+            advice = connections_advice(found.is_one_host((rank, other)))
+        yield Fault(what + (f"; {len(more)} more like it there" if more else ""), advice)
     yield from found.troubles
 
 
 def connections_advice(is_one_host: bool) -> str:
     if is_one_host:
-        return "set GLOO_SOCKET_IFNAME=lo, and look at the limits of sockets (ulimit -n) and at the container's network"
+        return "set GLOO_SOCKET_IFNAME=lo, or look at the firewall and the container's network"
     return "open the firewall between the nodes, or name their common interface in GLOO_SOCKET_IFNAME"
 
 

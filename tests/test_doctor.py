@@ -99,7 +99,13 @@ def test_nothing_is_wrong_with_the_healthy(healthy: Findings) -> None:
             "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
         ),
         (two_nodes(unreached=[(0, 2, "timed out")]), "rank 0 on n1 does not reach rank 2 on n2", "firewall"),
-        (found(unreached=[(1, 1, "no port")]), "rank 1 on n1 cannot listen: no port", "GLOO_SOCKET_IFNAME=lo"),
+        (found(unreached=[(1, 1, "no port")]), "rank 1 on n1 cannot listen: no port", "GLOO_SOCKET_IFNAME"),
+        (
+            two_nodes(unreached=[(a, b, "lost") for a in (0, 1) for b in (2, 3)]),
+            "rank 0 on n1 does not reach rank 2 on n2 at 10.0.0.1:4000: lost; 3 more like it there",
+            "firewall",
+        ),
+        (found(unreached=[(0, 1, "lost")]), "rank 0 on n1 does not reach rank 1 on n1", "GLOO_SOCKET_IFNAME=lo"),
         (found(troubles=[Fault("a", "b")]), "a", "b"),
         (found(pairs=with_pair(0, trouble="no end")), "between rank 0 on n1 and rank 1 on n1: no end", "NCCL_P2P_DIS"),
         (
