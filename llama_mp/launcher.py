@@ -13,7 +13,8 @@ from llama_mp.slurm.roll_call import Step, call_roll
 
 KILLED_BY = {
     "SIGKILL": ": the machine ran out of memory, or somebody ended it; see the kernel's log, or start fewer ranks",
-    "SIGABRT": ": a library gave up, NCCL for one when another rank is gone or silent for longer than --step_timeout",
+    "SIGABRT": ": a library gave up, NCCL for one when another rank is gone or silent for longer than --step_timeout; "
+    "launch/doctor.py finds out which do not reach each other",
 }
 PR_SET_PDEATHSIG = 1  # prctl(2)
 

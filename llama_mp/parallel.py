@@ -121,8 +121,9 @@ def in_reach(backend: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostContact(
-            f"the ranks do not reach each other over {backend} ({error}): check the network between the nodes, its "
-            f"firewall, and the interface in {'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME"
+            f"the ranks do not reach each other over {backend} ({error}): launch/doctor.py finds out which, and why; "
+            f"check the network, its firewall, and the interface in "
+            f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME"
         ) from error
 
 

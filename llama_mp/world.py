@@ -37,7 +37,7 @@ class World:
     device: torch.device
     store: dist.Store
     local_size: int = 1  # ranks on this machine
-    pulse: Pulse | None = None  # where there are others
+    pulse: Pulse | None = None  # where there are others, and nobody else looks after them
     num_messages: int = 0  # set-up messages so far; every rank counts alike
     read_keys: list[str] = field(default_factory=list)  # of messages that may be deleted at the next `gather`
 
@@ -61,7 +61,8 @@ class World:
         """Return when `keys` are set. Raises LostContact when a rank falls silent."""
         pause = 0.001
         while not self.store.check(keys):  # polled: torch would print a warning for each `wait` that times out
-            self.pulse.check()
+            if self.pulse:
+                self.pulse.check()
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_S)
 

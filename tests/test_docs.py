@@ -35,6 +35,7 @@ from llama_mp.chat import ChatFlags
 from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
 from llama_mp.cores import cores_at_hand
+from llama_mp.doctor import DoctorFlags
 from llama_mp.plan import PlanFlags
 from llama_mp.reshard_request import ReshardFlags
 from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, ReshardJobFlags, StatusFlags, VerbFlags
@@ -164,7 +165,7 @@ def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
     verbs = (InferFlags, ChatFlags, BenchFlags, ReshardFlags, VerifyFlags, PlanFlags)
-    verbs += (VerbFlags, InferJobFlags, BenchJobFlags, ReshardJobFlags, StatusFlags)
+    verbs += (DoctorFlags, VerbFlags, InferJobFlags, BenchJobFlags, ReshardJobFlags, StatusFlags)
     known = {name for verb in verbs for name in describe(verb)}
     named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
     assert named <= known | OTHER_FLAGS | SBATCH_FLAGS
