@@ -6,6 +6,7 @@ where and what to do. Whatever else reaches `report` is our own fault and is sai
 
 import contextlib
 import difflib
+import json
 import os
 import sys
 import time
@@ -63,12 +64,36 @@ def rank_zero_speaks() -> bool:
 
 _may_speak = rank_zero_speaks
 _place: Callable[[], str] | None = None
+_is_json = False
 
 
 def set_speaker(may_speak: Callable[[], bool]) -> None:
     """Let `may_speak` decide, once an error has come, whether this rank is the one that prints it."""
     global _may_speak
     _may_speak = may_speak
+
+
+def log_as_json(is_json: bool) -> None:
+    """Whether `say` writes JSON from here on."""
+    global _is_json
+    _is_json = is_json
+
+
+def shows_progress() -> bool:
+    """Whether stderr is for a person who watches."""
+    return sys.stderr is not None and sys.stderr.isatty() and not _is_json
+
+
+def say(text: str, kind: str = "note") -> None:
+    """Tell `text` on stderr, one that is an "error" as such; with --log_json as an object with the time in seconds
+    since 1970, the rank (null: what starts the ranks), the kind and the text."""
+    if _is_json:
+        rank = os.environ.get("RANK")
+        told = {"time": time.time(), "rank": rank and int(rank), "kind": kind, "text": text}
+        text = json.dumps(told, ensure_ascii=False)
+    elif kind == "error":
+        text = f"error: {text}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def set_place(place: Callable[[], str]) -> None:
@@ -107,10 +132,11 @@ def report(error: BaseException) -> int:
     if not is_first:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(SPEAK_GRACE_S)
-    is_own = _place is not None and not isinstance(error, RequestError | RunError)
-    if is_own or not is_first:
-        text = f"{_place() if is_own else this_process()}: {text}"
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    if _place is not None and not isinstance(error, RequestError | RunError):
+        text = f"{_place()}: {text}"
+    elif not is_first or (NODES in os.environ and isinstance(error, RunError) and not text.startswith("rank ")):
+        text = f"{this_process()}: {text}"
+    say(text, "error")
     if LAUNCHED in os.environ:
         with contextlib.suppress(OSError), open(os.environ[LAUNCHED], "a") as said:
             said.write(f"{text}\n")

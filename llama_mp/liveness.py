@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -226,7 +225,6 @@ class Pulse(threading.Thread):
     def give_up(self) -> None:
         """End this process, whose own thread waits for what will not come."""
         code = errors.report(self.lost())
-        sys.stderr.flush()
         os._exit(code)
 
     def answer(self, number: int) -> None:
@@ -246,7 +244,7 @@ class Pulse(threading.Thread):
         if LAUNCHED not in os.environ:  # else the launcher says it
             time.sleep(LEAVE_S / 2)  # the main thread may be about to
             if self.gone() and errors.may_speak():
-                print(f"error: {self.verdict()[0]}", file=sys.stderr, flush=True)
+                errors.say(self.verdict()[0], "error")
         if signal.getsignal(signal.SIGTERM) is not ignore:
             time.sleep(LEAVE_S)  # a terminal is to be put right
         os._exit(TERMINATED)

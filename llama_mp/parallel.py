@@ -8,7 +8,6 @@ world needs neither network nor port.
 import contextlib
 import io
 import os
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +63,7 @@ def connect(run: RunConfig) -> World:
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
     if world.is_leader and (note := unused_gpu(run.device)):
-        print(note, file=sys.stderr, flush=True)
+        errors.say(note)
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
     form_model_parallel_group(world, run.step_timeout)
     return world
@@ -175,7 +174,7 @@ def cpu_backend(world: World) -> str:
         return "gloo"
     obstacle = shared_memory.prepare(world.rank, world.size, world.gather)
     if obstacle and world.is_leader:
-        print(f"the ranks sum over gloo, not through shared memory ({obstacle}): slower", file=sys.stderr, flush=True)
+        errors.say(f"the ranks sum over gloo, not through shared memory ({obstacle}): slower")
     return "gloo" if obstacle else shared_memory.NAME
 
 

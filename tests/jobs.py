@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,3 +267,25 @@ def slow_leader(step_timeout: float, pause: float) -> list[Any]:
     dist.broadcast(message, src=0)
     world.close()
     return [*told, message.item()]
+
+
+def misheard(path: Path, tokenizer: Path) -> str:
+    """LLAMA_MP_DEBUG=1: the last rank hears another token than rank 0 said, in the third step."""
+    world, broadcast, count = connect(RunConfig(device="cpu")), dist.broadcast, 0
+
+    def mishearing(message: torch.Tensor, src: int) -> None:
+        nonlocal count
+        broadcast(message, src=src)
+        count += 1
+        if count == 3 and world.rank == world.size - 1:
+            message[5] += 1
+
+    try:
+        llm = load(world, path, tokenizer)
+        with patch.dict(os.environ, LLAMA_MP_DEBUG="1"), patch.object(dist, "broadcast", mishearing):
+            ask_one(llm, [1, 2, 3], num_tokens=6)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        world.close()
+    return "not noticed"

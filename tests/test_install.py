@@ -62,6 +62,8 @@ WITH_TORCH = [
     "llama_mp.rope",  # the frequencies are checked against those that a GGUF file stores
 ]
 WITHOUT_TORCH = [
+    "llama_mp.slurm.supervisor",
+    "llama_mp.slurm.own_job",
     "llama_mp.slurm.report",
     "llama_mp.slurm.cluster",
     "llama_mp.slurm.request",
@@ -70,7 +72,6 @@ WITHOUT_TORCH = [
     "llama_mp.slurm.flags",
     "llama_mp.slurm.script",
     "llama_mp.slurm.site",
-    "llama_mp.slurm.supervisor",
     "llama_mp.slurm",
     "llama_mp.reshard_request",
     "llama_mp.bench",

@@ -69,6 +69,13 @@ def test_the_others_leave_when_the_heart_of_rank_0_stands_still(ranks: Ranks) ->
         assert good and told.startswith("RunError: rank 0 on ") and "did not answer for" in told
 
 
+def test_ranks_that_hear_different_tokens_are_named_with_the_step(ranks: Ranks, tiny: Path) -> None:
+    seen = ranks.run(3, jobs.misheard, path=tiny, tokenizer=tiny / "tokenizer.model")
+    assert all(
+        said.startswith("RunError: the ranks disagree on the tokens at step 3: rank 2 has others") for said in seen
+    )
+
+
 def test_one_model_at_a_time(tiny: Path) -> None:
     with pytest.raises(RequestError, match="use --dtype fp32"):
         LLM(tiny, device="cpu", dtype="tf32")  # which leaves nothing behind

@@ -23,7 +23,7 @@ from llama_mp import LLM
 pytestmark = pytest.mark.slurm
 
 NUM_PROMPTS, ENOUGH = 40, 6  # prompts of a batch; after how many it is interrupted
-GEN_LEN, LONG_GEN_LEN = 40, 120
+GEN_LEN, LONG_GEN_LEN = 40, 90
 GREEDY = ["--temperature", "0", "--dtype", "fp32", "--device", "auto"]  # auto: the cluster's GPUs are pretended
 SITE = 'interface = "lo"\ncpus_per_node = 4\n'
 
