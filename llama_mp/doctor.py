@@ -24,6 +24,10 @@ SHM_BYTES = 1e9  # NCCL's documentation (Troubleshooting, Shared memory) starts 
 LISTENING_ADVICE = (
     "ip -br address lists the interfaces for GLOO_SOCKET_IFNAME, ulimit -n how many sockets a process has"
 )
+LOOPBACK_ADVICE = (
+    "the host's name stands for itself there (/etc/hosts): set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
+    "interface that joins the nodes (ip -br address)"
+)
 MEMLOCK_BYTES = 64 * MIB  # less cannot hold the buffers that InfiniBand sends from
 
 
@@ -210,12 +214,6 @@ def of_silence(found: Findings) -> Iterator[Fault]:
 
 
 def of_network(found: Findings) -> Iterator[Fault]:
-    for rank, address in enumerate(found.addresses):
-        if address is not None and address.startswith("127.") and len(found.hosts) > 1:
-            yield Fault(
-                f"{found.rank(rank)}: the host's name stands for {address}, where no other host finds it",
-                "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that joins the nodes (ip -br address)",
-            )
     alike: dict[tuple[str, str, bool], list[tuple[int, int, str]]] = {}
     for rank, other, why in found.unreached:  # a firewall parts all ranks of two hosts
         kind = found.places[rank], found.places[other], rank == other
@@ -225,7 +223,9 @@ def of_network(found: Findings) -> Iterator[Fault]:
             what, advice = f"{found.rank(rank)} cannot listen: {why}", LISTENING_ADVICE
         else:
             what = f"{found.rank(rank)} does not reach {found.rank(other)} at {found.addresses[other]}: {why}"
-            advice = connections_advice(found.is_one_host((rank, other)))
+            is_inside = found.is_one_host((rank, other))
+            is_loopback = (found.addresses[other] or "").startswith("127.")
+            advice = LOOPBACK_ADVICE if is_loopback and not is_inside else connections_advice(is_inside)
         yield Fault(what + (f"; {len(more)} more like it there" if more else ""), advice)
     yield from found.troubles
 

@@ -55,7 +55,15 @@ def with_pair(index: int, **changes: Any) -> list[Pair]:
     return [pair._replace(**changes) if i == index else pair for i, pair in enumerate(found().pairs)]
 
 
-@pytest.mark.parametrize("healthy", [found(), two_nodes(), found(wanted="cpu", device="cpu", devices=[], pairs=[])])
+@pytest.mark.parametrize(
+    "healthy",
+    [
+        found(),
+        two_nodes(),
+        two_nodes(addresses=["127.0.1.1:1"] * 4),
+        found(wanted="cpu", device="cpu", devices=[], pairs=[]),
+    ],
+)
 def test_nothing_is_wrong_with_the_healthy(healthy: Findings) -> None:
     assert faults(healthy) == [] and failure(healthy) is None
     assert page(healthy, coloured=False).endswith("\nhealthy")
@@ -94,8 +102,8 @@ def test_nothing_is_wrong_with_the_healthy(healthy: Findings) -> None:
         ),
         (two_nodes(silent={2: "it hangs (in a step)"}), "rank 2 on n2 does not answer: it hangs (in a step)", "look"),
         (
-            two_nodes(addresses=["10.0.0.1:1", "10.0.0.1:2", "127.0.1.1:3", "10.0.0.2:4"]),
-            "rank 2 on n2: the host's name stands for 127.0.1.1:3",
+            two_nodes(addresses=["127.0.1.1:1"] * 4, unreached=[(0, 2, "refused")]),
+            "rank 0 on n1 does not reach rank 2 on n2 at 127.0.1.1:1: refused",
             "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
         ),
         (two_nodes(unreached=[(0, 2, "timed out")]), "rank 0 on n1 does not reach rank 2 on n2", "firewall"),

@@ -10,17 +10,19 @@ from pathlib import Path
 import examined
 import pytest
 from ranks import Ranks
-from running import ROOT, run
+from running import ROOT, run, start
 
 from llama_mp import leftovers
 from llama_mp.examine import host
 
 DOCTOR = str(ROOT / "launch" / "doctor.py")
+FAULTY = str(ROOT / "tests" / "faulty_doctor.py")
 
 
 @pytest.mark.parametrize("mp", [2, 3])
 def test_healthy_ranks_are_measured_pair_by_pair_and_together(ranks: Ranks, mp: int) -> None:
     found, *others = ranks.run(mp, examined.healthy)
+    assert list(found["pairs"][0]) == ["ranks", "latency_s", "bytes_per_s", "trouble"]
     assert all(other["pairs"] == found["pairs"] for other in others)
     assert [pair["ranks"] for pair in found["pairs"]] == {2: [[0, 1]], 3: [[0, 1], [0, 2], [1, 2]]}[mp]
     assert all(0 < pair["latency_s"] < 5 and pair["bytes_per_s"] > 1e6 for pair in found["pairs"])
@@ -91,15 +93,18 @@ def test_a_driver_that_hangs_is_a_fault_of_its_host(tmp_path: Path, monkeypatch:
     assert host("n1", 1).trouble.startswith("nvidia-smi did not answer")
 
 
-def test_the_command_over_two_ranks() -> None:
-    done = run(sys.executable, DOCTOR, "--mp", "2", "--device", "cpu", "--json")
+def test_the_command_tells_what_it_found_and_ends_the_silent_rank() -> None:
+    """Of healthy ranks docs/doctor.md shows what it tells."""
+    started = start(sys.executable, FAULTY, "--mp", "2", "--json", "--step_timeout", "1", FAULT="1 SIGSTOP")
+    done = started.wait()
     found = json.loads(done.stdout)
-    assert (done.code, found["healthy"], done.stderr) == (0, True, ""), done
+    assert done.code == 1 and not found["healthy"]
+    assert re.search(r"\d faults? found: rank 1 on \S+ does not answer: it is stopped \(SIGSTOP\)", done.error)
     assert list(found) == [
         *("healthy", "faults", "wanted", "hosts", "places", "addresses", "device", "backend", "devices"),
         *("unreached", "pairs", "sums", "troubles", "silent", "left_out"),
     ]
-    assert list(found["pairs"][0]) == ["ranks", "latency_s", "bytes_per_s", "trouble"]
+    assert started.living() == []
 
 
 def test_the_command_refuses_before_any_rank_starts() -> None:
