@@ -144,7 +144,8 @@ def check_page(page: str, tmp_path: Path, home: Path, **variables: str) -> None:
             code, printed = terminal(block.content, tmp_path, home, **variables)
             shown = after.content if after.language == "text" else "...\n"
             refused = re.search("^error: ", shown, re.MULTILINE)
-            found = re.search(r"^error: \d+ (fault|difference)", shown, re.MULTILINE)  # by a check that was done
+            checked = r"^error: (\d+ (fault|difference)|other logits)"
+            found = re.search(checked, shown, re.MULTILINE)  # by a check that was done
             assert code == (1 if found else 2 if refused else 0), f"{block.content}{printed}"
             assert re.fullmatch(pattern_of(shown), printed), f"{block.content}{shown}---\n{printed}"
 
