@@ -133,24 +133,31 @@ def raise_(error: Exception) -> None:
 READERS = {"checkpoint": read_checkpoint, "tokenizer": read_tokens, "prompts": read_prompts, "misdeed": misdeed}
 
 
+def damaged_copy(specimen: Path, folder: Path, rng: random.Random, canary: Path) -> None:
+    """`folder` with the files of the `specimen`, one or two of them damaged."""
+    shutil.copytree(specimen, folder)
+    files = sorted(folder.iterdir())
+    if not files:
+        (folder / "deed").write_text(specimen.name)
+        return
+    chosen = [rng.choice(files) for _ in range(rng.choice((1, 1, 1, 2)))]
+    for file in dict.fromkeys(chosen):
+        if file.is_file():  # the one before it may have taken its name
+            damage(file, rng, canary)
+    if "checklist" in specimen.name:  # an honest digest of a terabyte takes its time
+        for file in folder.iterdir():
+            if file.is_file() and not file.is_symlink() and file.stat().st_size >= MEMORY_BYTES:
+                os.truncate(file, 1 << 20)
+
+
 def run_case(seed: int, specimens: Path, names: Sequence[str], place: Path) -> Outcome:
     global _watch
     rng = random.Random(seed)
     specimen = names[seed % len(names)]
     folder, canary = place / "specimen", place / "canary"
-    for left in (folder, canary):
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(specimens / specimen, folder)
-    files = sorted(folder.iterdir())
-    if not files:
-        (folder / "deed").write_text(specimen)
-    weights = [1 if file.suffix in (".txt", ".md") else 4 for file in files]
-    for file in {rng.choices(files, weights)[0] for _ in range(rng.choice((1, 1, 1, 2))) if files}:
-        damage(file, rng, canary)
-    if "checklist" in specimen:  # an honest digest of a terabyte takes its time
-        for file in folder.iterdir():
-            if file.is_file() and not file.is_symlink() and file.stat().st_size >= MEMORY_BYTES:
-                os.truncate(file, 1 << 20)
+    shutil.rmtree(place)
+    place.mkdir()
+    damaged_copy(specimens / specimen, folder, rng, canary)
     start = time.monotonic()
     said = fault = ""
     _watch = deeds = []
@@ -188,7 +195,7 @@ def traceback_lines(error: BaseException) -> list[str]:
 def serve(connection: Connection, seeds: Sequence[int], specimens: Path, names: Sequence[str], place: Path) -> None:
     """Run the cases of `seeds`, sending the outcome of each. Memory for more than MEMORY_BYTES is not to be had."""
     place.mkdir(exist_ok=True)
-    printed = os.open(place / "printed", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    printed = os.memfd_create("printed")
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     os.environ["RAYON_NUM_THREADS"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
