@@ -1,7 +1,6 @@
 """The prompts of one infer run, and where their answers go: standard output, or a file that a rerun continues."""
 
 import hashlib
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from tqdm import tqdm
 from llama_mp.answer import Answer, Codec, prompt_text
 from llama_mp.attempt import Attempt
 from llama_mp.attempt_output import AttemptOutput
-from llama_mp.config import RunConfig, SamplingConfig
-from llama_mp.errors import RequestError
+from llama_mp.config import LogConfig, RunConfig, SamplingConfig
+from llama_mp.errors import RequestError, say, shows_progress
 from llama_mp.files import sample_digest
 from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
@@ -26,7 +25,7 @@ from llama_mp.run_file import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferFlags(RunConfig, SamplingConfig, RecordConfig):
+class InferFlags(RunConfig, SamplingConfig, RecordConfig, LogConfig):
     prompt: str | None = flag(None, "one prompt; its answer streams to standard output")
     prompts_file: Path | None = flag(None, "prompts: .txt, one a line, or .jsonl with id, prompt or messages, any flag")
     chat: bool = flag(False, "apply the model's chat template to --prompt or to standard input")
@@ -90,7 +89,7 @@ class Batch:
     def show(self, stream: Iterator[tuple[Answer, str]]) -> None:
         """Take the answers as they come and put them where they belong."""
         if self.num_blank:
-            print(f"{self.num_blank} blank lines of the prompts file were left out", file=sys.stderr)
+            say(f"{self.num_blank} blank lines of the prompts file were left out")
         if self.output is not None:
             self.write(stream)
         elif self.num_prompts == 1 and not self.answers[0].error:
@@ -102,8 +101,8 @@ class Batch:
         """One record per answer, as each finishes."""
         done = self.num_prompts - len(self.answers)
         if done:
-            print(f"{self.output.path}: {done} of {self.num_prompts} prompts are finished already", file=sys.stderr)
-        with tqdm(total=self.num_prompts, initial=done, unit=" prompts", disable=not sys.stderr.isatty()) as progress:
+            say(f"{self.output.path}: {done} of {self.num_prompts} prompts are finished already")
+        with tqdm(total=self.num_prompts, initial=done, unit=" prompts", disable=not shows_progress()) as progress:
             num_tokens, start = 0, time.perf_counter()
             for answer in finished(self.answers, stream):
                 self.output.write(answer.record())

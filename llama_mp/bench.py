@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_mp.config import ModelConfig, RunConfig
+from llama_mp.config import LogConfig, ModelConfig, RunConfig
 from llama_mp.errors import RequestError
 from llama_mp.flags import check_at_least, flag
 from llama_mp.locate import Checkpoint, locate_weights, random_checkpoint
@@ -13,7 +13,7 @@ from llama_mp.records import RecordConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchFlags(RunConfig, RecordConfig):
+class BenchFlags(RunConfig, RecordConfig, LogConfig):
     prompt_len: int = flag(128, "tokens of each prompt")
     gen_len: int = flag(128, "tokens generated after each prompt")
     batch_size: int = flag(1, "prompts")

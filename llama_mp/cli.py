@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args,
 
 import fire
 
-from llama_mp.errors import DONE, RUN_FAILED, RequestError, did_you_mean, rank_zero_speaks, report
+from llama_mp.errors import DONE, RUN_FAILED, RequestError, did_you_mean, log_as_json, rank_zero_speaks, report
 from llama_mp.stdout import drop_unwritable_output, is_broken_stdout, naming_stdout
 
 HELP_WIDTH = 100  # columns
@@ -290,9 +290,12 @@ def main(
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller, as in >&-
         stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale, an emoji must not end a run
     code: Any = DONE  # Any: a verb's own sys.exit may hold None or text
+    log_as_json("--log_json" in tokens)  # what is wrong with the flags is to be told so too
     try:
         if {"-h", "--help"}.isdisjoint(tokens):
-            code = verb(parse(flags_class, tokens)) or DONE
+            flags = parse(flags_class, tokens)
+            log_as_json(getattr(flags, "log_json", False))
+            code = verb(flags) or DONE
         elif rank_zero_speaks():
             print(usage(flags_class, f"python {program or sys.argv[0]}", summary))
         print(end="", flush=True)  # what cannot be written is a failure like any other

@@ -8,12 +8,11 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from llama_mp.cores import cpu_features
-from llama_mp.errors import rank_zero_speaks
+from llama_mp.errors import rank_zero_speaks, say
 
 # Not -ffast-math, which would change how the whole process rounds.
 # -shared without -lgomp: OpenMP's symbols come from the runtime that torch has loaded (see kernels.c).
@@ -35,7 +34,7 @@ def load_library(source: Path, *options: str) -> ctypes.CDLL | None:
 def say_once(text: str) -> None:
     """On stderr, on rank 0: what keeps one source from being built mostly keeps all."""
     if rank_zero_speaks():
-        print(text, file=sys.stderr)
+        say(text)
 
 
 @functools.cache

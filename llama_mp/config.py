@@ -177,6 +177,13 @@ class RunConfig(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig(Flags):
+    """For the verbs that run a model."""
+
+    log_json: bool = flag(False, "write what is told on standard error as JSON, an object a line")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawingConfig(Flags):
     """How the tokens of an answer are drawn, and when it ends."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama_mp.chat_format import check_messages
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 
 Message = dict[str, str]
 
@@ -61,12 +62,11 @@ class Conversation:
 
     def load(self, path: Path) -> None:
         """Go on with the conversation in `path`. Raises RequestError, and changes nothing, when it holds none."""
+        content = read_small(path)
         try:
-            messages = json.loads(path.read_text(encoding="utf-8"))
+            messages = json.loads(content)
             json.dumps(messages, ensure_ascii=False).encode()  # JSON can spell half of a character, which nothing takes
             check_messages(messages)
-        except OSError as error:
-            raise RequestError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # a RequestError is a ValueError
             raise RequestError(f"{path} is not a saved conversation: {error}") from error
         num_system = int(messages[0]["role"] == "system")

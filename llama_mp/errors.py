@@ -6,6 +6,8 @@ where and what to do. Whatever else reaches `report` is our own fault and is sai
 
 import contextlib
 import difflib
+import functools
+import json
 import os
 import sys
 import time
@@ -14,9 +16,10 @@ from collections.abc import Callable, Iterable
 
 DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 SPEAK_GRACE_S = 5.0
+MAX_LINE = 3000  # characters of an error's line, about; more than any of ours has
 OUT_OF_MEMORY = "not enough memory"
 NODES = "LLAMA_MP_NODES"  # in the environment of a job's step: its nodes in order, with commas
-LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started
+LAUNCHED = "LLAMA_MP_LAUNCHED"  # in the environment of ranks that our launcher started: a file for what one has said
 
 
 class RequestError(ValueError):
@@ -51,7 +54,14 @@ def one_line(error: BaseException) -> str:
         text = (
             f"unexpected {type(error).__name__}: {error}; set LLAMA_MP_DEBUG=1 for the traceback, and please report it"
         )
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: names that come from files may hold commands to it, and be of any length."""
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def rank_zero_speaks() -> bool:
@@ -62,12 +72,48 @@ def rank_zero_speaks() -> bool:
 
 
 _may_speak = rank_zero_speaks
+_place: Callable[[], str] | None = None
+_is_json = False
 
 
 def set_speaker(may_speak: Callable[[], bool]) -> None:
-    """Let `may_speak` decide, once an error has come, whether this rank is the one that prints it."""
+    """Let `may_speak` decide, once an error has come, whether this rank is the one that prints it. It is asked once."""
     global _may_speak
-    _may_speak = may_speak
+    _may_speak = functools.cache(may_speak)
+
+
+def log_as_json(is_json: bool) -> None:
+    """Whether `say` writes JSON from here on."""
+    global _is_json
+    _is_json = is_json
+
+
+def shows_progress() -> bool:
+    """Whether stderr is for a person who watches."""
+    return sys.stderr is not None and sys.stderr.isatty() and not _is_json
+
+
+def say(text: str, kind: str = "note") -> None:
+    """Tell `text` on stderr, one that is an "error" as such; with --log_json as an object with the time in seconds
+    since 1970, the rank (null: what starts the ranks), the kind and the text."""
+    if _is_json:
+        rank = os.environ.get("RANK")
+        told = {"time": time.time(), "rank": rank and int(rank), "kind": kind, "text": text}
+        text = json.dumps(told, ensure_ascii=False)
+    elif kind == "error":
+        text = f"error: {text}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def set_place(place: Callable[[], str]) -> None:
+    """Let unexpected errors begin with what `place` then says: which of several ranks this is, and how far it is."""
+    global _place
+    _place = place
+
+
+def may_speak() -> bool:
+    """Whether this rank is the one to print an error. No other will be from here on."""
+    return _may_speak()
 
 
 def this_process() -> str:
@@ -95,10 +141,14 @@ def report(error: BaseException) -> int:
     if not is_first:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(SPEAK_GRACE_S)
-    is_own = NODES in os.environ and "RANK" in os.environ and not isinstance(error, RequestError)
-    if is_own or not is_first:
+    if _place is not None and not isinstance(error, RequestError | RunError):
+        text = f"{_place()}: {text}"
+    elif not is_first or (NODES in os.environ and isinstance(error, RunError) and not text.startswith("rank ")):
         text = f"{this_process()}: {text}"
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    say(text, "error")
+    if LAUNCHED in os.environ:
+        with contextlib.suppress(OSError), open(os.environ[LAUNCHED], "a") as said:
+            said.write(f"{text}\n")
     return exit_code(error)
 
 

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llama_mp.errors import RequestError
 
+MAX_SMALL_BYTES = 1 << 24  # of a file of settings: an index of 10,000 tensors has 1 MB
 DIGEST_SAMPLES, DIGEST_BLOCK_BYTES = 16, 65536
 REMOVED = (errno.ENOENT, errno.ESTALE)  # the second from NFS, when another host removed an open file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,6 +45,22 @@ def is_locked(path: Path) -> bool:
         if error.errno not in (*NO_LOCKS, *REMOVED):
             raise
     return False
+
+
+def read_small(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
+    """All of a file that is small by its nature. Raises RequestError for any other, and for a pipe or a device, which
+    might never end."""
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise RequestError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file")
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1) if state.st_size <= max_bytes else b""
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    if max(len(content), state.st_size) > max_bytes:
+        raise RequestError(f"{path} has {state.st_size} bytes, but no such file has more than {max_bytes}")
+    return content
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes], folder: Path | None = None) -> None:

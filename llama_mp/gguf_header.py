@@ -18,6 +18,10 @@ from llama_mp.errors import RequestError
 MAGIC = b"GGUF"
 MAX_ARRAY_DEPTH = 4
 MAX_DIMENSIONS = 4
+# Of the metadata and the tensors' places: 256,000 tokens and their merges have 15 MB and 1.5 million values.
+MAX_HEADER_BYTES = 1 << 26
+MAX_VALUES = 1 << 22
+MAX_ENTRIES = 1 << 17  # tensors, or keys: 10,000 layers have 90,000 tensors
 MAX_NAME = 256  # characters of a key or a tensor's name: ggml stops at 64, keys in use are no longer
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -44,18 +48,29 @@ class Cursor:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
+        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.num_values = 0
 
     def scalar(self, form: str) -> Any:
-        [value] = struct.unpack_from(form, self.data, self.at)
-        self.at += struct.calcsize(form)
+        [value] = struct.unpack_from(form, self.data, self.take(struct.calcsize(form), "a number"))
         return value
+
+    def take(self, num_bytes: int, what: str) -> int:
+        """Where the next `num_bytes` begin."""
+        if num_bytes > self.end - self.at:
+            raise ValueError(f"{what} of {num_bytes} bytes at byte {self.at}, and the header may go on to {self.end}")
+        self.at += num_bytes
+        return self.at - num_bytes
+
+    def count(self, num_values: int) -> None:
+        self.num_values += num_values
+        if self.num_values > MAX_VALUES:
+            raise ValueError(f"an array of {num_values} values")
 
     def text(self) -> str:
         length = self.scalar("<Q")
-        if length > len(self.data) - self.at:
-            raise ValueError(f"a text of {length} bytes")
-        self.at += length
-        return self.data[self.at - length : self.at].decode("utf-8", "surrogateescape")
+        start = self.take(length, "a text")
+        return self.data[start : self.at].decode("utf-8", "surrogateescape")
 
     def name(self) -> str:
         name = self.text()
@@ -71,18 +86,14 @@ class Cursor:
         if kind != ARRAY or depth == MAX_ARRAY_DEPTH:
             raise ValueError(f"metadata type {kind}")
         item, count = self.scalar("<I"), self.scalar("<Q")
+        self.count(count)
         if item in SCALARS:
             return list(self.scalars(SCALARS[item], count))
-        if count > len(self.data) - self.at:
-            raise ValueError(f"an array of {count} values")
         return [self.value(item, depth + 1) for _ in range(count)]
 
     def scalars(self, form: str, count: int) -> tuple[Any, ...]:
-        size = struct.calcsize(form) * count
-        if size > len(self.data) - self.at:
-            raise ValueError(f"an array of {count} values")
-        self.at += size
-        return struct.unpack_from(f"<{count}{form[1]}", self.data, self.at - size)
+        start = self.take(struct.calcsize(form) * count, "an array")
+        return struct.unpack_from(f"<{count}{form[1]}", self.data, start)
 
 
 def read_header(path: Path) -> Header:
@@ -105,6 +116,8 @@ def parse(data: mmap.mmap) -> Header:
     if version not in (2, 3):
         raise ValueError(f"version {version}; versions 2 and 3 are read")
     num_tensors, num_values = cursor.scalar("<Q"), cursor.scalar("<Q")
+    if max(num_tensors, num_values) > MAX_ENTRIES:
+        raise ValueError(f"{num_tensors} tensors and {num_values} values")
     metadata = {}
     for _ in range(num_values):
         key = cursor.name()

@@ -1,8 +1,8 @@
 """A checkpoint's architecture with what only its tensors tell, from headers alone: without weights, without torch."""
 
-import zipfile
 from dataclasses import replace
 
+from llama_mp.checkpoint.torch_file import read_pickle
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError
 from llama_mp.gguf_header import read_header
@@ -27,13 +27,7 @@ def whole_config(checkpoint: Checkpoint) -> ModelConfig:
 
 def names_output(checkpoint: Checkpoint) -> bool:
     """Whether the first shard has an output matrix of its own: its pickle names every tensor, and is not unpickled."""
-    file = checkpoint.files[0]
-    try:
-        with zipfile.ZipFile(file) as archive:
-            [pickle] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return b"output.weight" in archive.read(pickle)
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise RequestError(f"{file} is not a whole torch file ({error}); copy it again") from error
+    return b"output.weight" in read_pickle(checkpoint.files[0])
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:

@@ -6,13 +6,15 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError, set_speaker
 from llama_mp.slurm.roll_call import Step, call_roll
 
 KILLED_BY = {
     "SIGKILL": ": the machine ran out of memory, or somebody ended it; see the kernel's log, or start fewer ranks",
-    "SIGABRT": ": a library gave up, NCCL for one when another rank is gone or silent for longer than --step_timeout",
+    "SIGABRT": ": a library gave up, NCCL for one when another rank is gone or silent for longer than --step_timeout; "
+    "launch/doctor.py finds out which do not reach each other",
 }
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -28,7 +30,7 @@ def check_ranks(mp: int | None) -> int:
     step = Step.of_environment()
     if world_size is None and step:
         step.share_of(mp or 1)
-    if world_size is not None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     return int(world_size or mp or 1)
 
@@ -47,6 +49,22 @@ def is_alone() -> bool:
 def end_with_parent() -> None:
     """Have the kernel end this rank when torchrun ends, however that happens: no rank is left behind."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def leave_at_the_second_interrupt() -> None:
+    """The first Ctrl-C lets torchrun end the ranks, for which it may wait half a minute. The second ends this process,
+    and the kernel with it the ranks."""
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)  # torchrun sets handlers of its own: this hears them all
+
+    def listen() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(wake, 1)[0] == signal.SIGINT
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def rendezvous(ranks: int) -> list[str]:
@@ -68,23 +86,26 @@ def launch(ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    os.environ[LAUNCHED] = "1"
     logging.disable()  # all of it: torch's loggers have levels of their own, and this process does nothing else
     arguments = [argument.replace("$", "$$") for argument in sys.argv]  # torchrun reads them as string.Template
     command = [*rendezvous(ranks), *arguments]
+    said = os.memfd_create("llama-mp-said")  # gone with this process, whatever ends it
+    os.environ[LAUNCHED] = f"/proc/{os.getpid()}/fd/{said}"
+    leave_at_the_second_interrupt()
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError as error:
-        return code_of(error)
+        return code_of(error, is_said=os.fstat(said).st_size > 0)
     except SignalException as error:
         return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
 
 
-def code_of(error: "ChildFailedError") -> int:  # noqa: F821  torch is imported in `launch` alone
-    """The exit code of the rank that failed first. Raises RunError when a signal killed it: it could not say so."""
+def code_of(error: "ChildFailedError", *, is_said: bool) -> int:  # noqa: F821  torch is imported in `launch` alone
+    """The exit code of the rank that failed first. Raises RunError when a signal killed it, unless another rank has
+    said why: it ends ranks that do not answer."""
     rank, failure = error.get_first_failure()
-    if failure.exitcode < 0:
+    if failure.exitcode < 0 and not is_said:
         name, step = signal.Signals(-failure.exitcode).name, Step.of_environment()
         place = f"rank {rank} on {step.name}" if step else f"rank {rank}"
         set_speaker(lambda: True)  # of all nodes only this one knows

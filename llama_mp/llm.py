@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -20,7 +19,7 @@ from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.deterministic import DETERMINISTIC, ORDINARY, go_any_way, keep_to_one_way
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
-from llama_mp.errors import RequestError, counted
+from llama_mp.errors import RequestError, counted, say, shows_progress
 from llama_mp.flags import checked
 from llama_mp.fused import load_steps
 from llama_mp.kernels import load_kernels
@@ -152,7 +151,7 @@ class LLM:
             self.store.forget()  # so that the next run warns as well
         if world.is_leader and (padding := padding_share(self.config, *layout)):
             cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
-            self.say(f"{self.config.name} over {counted(world.size, 'rank')}: {cost}")
+            say(f"{self.config.name} over {counted(world.size, 'rank')}: {cost}")
         return model
 
     def warn_of_not_finite(self) -> None:
@@ -160,7 +159,7 @@ class LLM:
         names = list(dict.fromkeys(name for found in self.world.gather(self.not_finite) for name in found))
         unquantized = "" if self.run.quant == "none" else " --quant none"
         if names and self.world.is_leader:
-            self.say(
+            say(
                 f"warning: {self.checkpoint.path} holds NaN or infinity in {listed(names)}: its answers are worth "
                 f"nothing; download it again, or try --dtype fp32{unquantized} if the file itself is whole"
             )
@@ -264,10 +263,7 @@ class LLM:
 
     @property
     def shows_progress(self) -> bool:
-        return self.world.is_leader and sys.stderr.isatty()
-
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        return self.world.is_leader and shows_progress()
 
     def close(self) -> None:
         """Leave the other ranks, all of them together, and free the weights. Nothing happens the second time."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llama_mp.config import DEFAULT_SIZE, ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 from llama_mp.gguf_header import read_header
 from llama_mp.hf_config import read_hf_config
 from llama_mp.params_json import UNKNOWN_VOCAB, differences, known_equal, read_object, read_params, stated_degree
@@ -77,6 +78,9 @@ def checkpoint_at(path: Path) -> Checkpoint:
     """The checkpoint at `path`, a folder or a .gguf file. Raises RequestError when there is none."""
     path = snapshot_of(path)
     kind, files = files_of(path)
+    for file in files:
+        if not file.is_file():
+            raise RequestError(f"{file} is a {'folder' if file.is_dir() else 'pipe or a device'}, not a file")
     return Checkpoint(
         path=path,
         kind=kind,
@@ -111,7 +115,7 @@ def snapshot_of(path: Path) -> Path:
     if not snapshots.is_dir() or not ((path / "refs").is_dir() or (path / "blobs").is_dir()):
         return path
     found = sorted(snapshot.name for snapshot in snapshots.iterdir())
-    names = [current.read_text().strip()] if current.is_file() else found
+    names = [read_small(current).decode(errors="replace").strip()] if current.is_file() else found
     if len(names) == 1 and names[0] in found:
         return snapshots / names[0]
     wanted = f"lacks the snapshot {names[0]} that {current} names" if current.is_file() else "has no refs/main"
@@ -243,7 +247,9 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
     def value(key: str, *default: Any) -> Any:
         return metadata.get(f"llama.{key}", *default) if default else metadata[f"llama.{key}"]
 
-    num_heads = value("attention.head_count")
+    num_heads, norm_eps = value("attention.head_count"), value("attention.layer_norm_rms_epsilon")
+    if not isinstance(norm_eps, float) or not isinstance(name, str):
+        raise TypeError(f"general.name {name!r} or layer_norm_rms_epsilon {norm_eps!r} is of a wrong type")
     return ModelConfig(
         name=name,
         dim=value("embedding_length"),
@@ -253,7 +259,7 @@ def gguf_fields(metadata: dict[str, Any], name: str) -> ModelConfig:
         head_dim=value("attention.key_length", 0),
         hidden_dim=value("feed_forward_length"),
         vocab_size=value("vocab_size", UNKNOWN_VOCAB),
-        norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.7g}"),  # stored in fp32
+        norm_eps=float(f"{norm_eps:.7g}"),  # stored in fp32
         rope_theta=value("rope.freq_base", 10000.0),
         context_length=value("context_length"),
         embedding_axis=0,

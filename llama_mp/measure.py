@@ -15,6 +15,7 @@ from llama_mp.ceiling import Ceiling, measure_ceiling
 from llama_mp.config import SamplingConfig
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Stats
+from llama_mp.errors import say
 from llama_mp.files import json_bytes, write_whole
 from llama_mp.llm import LLM
 from llama_mp.locate import Checkpoint
@@ -174,7 +175,7 @@ def end_run(llm: LLM, flags: RecordConfig) -> None:
     was computed."""
     said = summary(llm)
     if llm.world.is_leader:
-        print(said, file=sys.stderr)
+        say(said)
     if flags.record is not None and llm.shape != (0, 0):
         memory = memory_of(llm)
         if llm.world.is_leader:
@@ -193,7 +194,7 @@ def write_record(llm: LLM, flags: RecordConfig, result: dict[str, Any]) -> None:
         "command": records.command_of(flags, llm.world.size),
     }
     path = records.save(flags.record, record)
-    print(f"recorded in {path}", file=sys.stderr)
+    say(f"recorded in {path}")
 
 
 def summary(llm: LLM) -> str:

@@ -1,7 +1,6 @@
 """Loading a model whose blocks wait in main memory or on the disk: each leaves the device before the next one loads."""
 
 import itertools
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +11,7 @@ from torch import nn
 
 from llama_mp.compiled import cache_folder
 from llama_mp.config import ModelConfig, RunConfig
-from llama_mp.errors import RequestError
+from llama_mp.errors import RequestError, say
 from llama_mp.memory import Workload, num_streamed, parameters
 from llama_mp.model import Transformer, fill
 from llama_mp.packed import BlockFile, identity
@@ -141,7 +140,7 @@ def open_store(
     buffer_bytes = parameters(config, world.rank, world.size, workload.quant, workload.dtype).buffer
     file = BlockFile(folder, config.num_layers, buffer_bytes)
     if file.told is None and world.is_leader:
-        print(f"writing {file.file_bytes / 1e9:.2f} GB of blocks to {folder}, this once", file=sys.stderr, flush=True)
+        say(f"writing {file.file_bytes / 1e9:.2f} GB of blocks to {folder}, this once")
     return DiskStore(file, streamed, world.device)
 
 

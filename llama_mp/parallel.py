@@ -8,7 +8,6 @@ world needs neither network nor port.
 import contextlib
 import io
 import os
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +21,13 @@ from llama_mp import errors, shared_memory
 from llama_mp.config import RunConfig
 from llama_mp.cores import cores_at_hand
 from llama_mp.errors import LostContact, RequestError
+from llama_mp.liveness import Pulse, collective, here
 from llama_mp.machine import choose_device, return_freed_memory, threads_per_rank, unused_gpu
 from llama_mp.pinning import pin, read_places, shares
-from llama_mp.world import LEAST_PATIENCE_S, SETUP_TIMEOUT, Heartbeat, World, is_first_to_speak
+from llama_mp.world import SETUP_TIMEOUT, World, is_first_to_speak
 
+MEETING_S = 30.0  # for ranks of a busy machine to connect with each other, however short --step_timeout is
+NCCL_LATER_S = 10.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -51,37 +53,46 @@ def connect(run: RunConfig) -> World:
     return_freed_memory()
     store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
     # torchrun's store outlives this world: the next one of the same ranks must not read what this one said.
-    store = dist.PrefixStore(f"llama_mp/{store.add(f'llama_mp/worlds_of/{rank}', 1)}", store)
+    name = f"llama_mp/{store.add(f'llama_mp/worlds_of/{rank}', 1)}"
+    store = dist.PrefixStore(name, store)
+    world = World(rank=rank, size=size, device=torch.device("cpu"), store=store, local_size=local_size)
     if size > 1:
         errors.set_speaker(lambda: is_first_to_speak(store, rank))
-    world = World(rank=rank, size=size, device=torch.device("cpu"), store=store, local_size=local_size)
-    world.patience_s = max(run.step_timeout, LEAST_PATIENCE_S)
-    form_control_group(world)
+        world.pulse = start_pulse(name, rank, size, run.step_timeout)
+    form_control_group(world, timedelta(seconds=max(run.step_timeout, MEETING_S)))
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
     if world.is_leader and (note := unused_gpu(run.device)):
-        print(note, file=sys.stderr, flush=True)
+        errors.say(note)
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
-    form_model_parallel_group(world, timedelta(seconds=run.step_timeout))
-    if size > 1 and world.is_leader:
-        world.heartbeat = Heartbeat(store)
-        world.heartbeat.start()
+    form_model_parallel_group(world, run.step_timeout)
     return world
 
 
-def form_control_group(world: World) -> None:
+def start_pulse(name: str, rank: int, size: int, limit_s: float) -> Pulse:
+    """Over a connection of its own to the store."""
+    own = dist.PrefixStore(name, next(dist.rendezvous("env://"))[0])
+    pulse = Pulse(own, rank, size, limit_s)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        pulse.hear_signals()
+    pulse.start()
+    return pulse
+
+
+def form_control_group(world: World, patience: timedelta) -> None:
     """The default group, for messages. They wait for rank 0, which may wait for a person or a full pipe; only the first
     has to come soon."""
     backend, groups = "alone" if world.size == 1 else "gloo", dist.PrefixStore("groups", world.store)
-    world.gather(None)  # all have started: from here on it is the network that one may wait for
-    patience = timedelta(seconds=world.patience_s)
+    told = world.gather([here.host, here.pid, here.born])  # all have started: what one may wait for now is the network
+    if world.pulse:
+        world.pulse.meet(told)
     with in_reach(backend):
         dist.init_process_group(backend, store=groups, rank=world.rank, world_size=world.size, timeout=patience)
         prove(dist.group.WORLD, world.device)
     set_timeout(SETUP_TIMEOUT, dist.group.WORLD)
 
 
-def form_model_parallel_group(world: World, timeout: timedelta) -> None:
+def form_model_parallel_group(world: World, step_timeout: float) -> None:
     """fairscale's groups over all ranks; what it prints is not for the user, and it passes no timeout on."""
     if world.size == 1:
         backend = "alone"
@@ -90,7 +101,8 @@ def form_model_parallel_group(world: World, timeout: timedelta) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         fairscale_groups.initialize_model_parallel(world.size, model_parallel_backend=backend)
     group = fairscale_groups.get_model_parallel_group()
-    set_timeout(timeout, group)
+    # NCCL ends the process, without a word that helps: it is to come last.
+    set_timeout(timedelta(seconds=step_timeout + (NCCL_LATER_S if backend == "nccl" else 0)), group)
     with in_reach(backend):
         prove(group, world.device)
 
@@ -109,8 +121,9 @@ def in_reach(backend: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostContact(
-            f"the ranks do not reach each other over {backend} ({error}): check the network between the nodes, its "
-            f"firewall, and the interface in {'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME"
+            f"the ranks do not reach each other over {backend} ({error}): launch/doctor.py finds out which, and why; "
+            f"check the network, its firewall, and the interface in "
+            f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME"
         ) from error
 
 
@@ -161,7 +174,7 @@ def cpu_backend(world: World) -> str:
         return "gloo"
     obstacle = shared_memory.prepare(world.rank, world.size, world.gather)
     if obstacle and world.is_leader:
-        print(f"the ranks sum over gloo, not through shared memory ({obstacle}): slower", file=sys.stderr, flush=True)
+        errors.say(f"the ranks sum over gloo, not through shared memory ({obstacle}): slower")
     return "gloo" if obstacle else shared_memory.NAME
 
 
@@ -169,7 +182,8 @@ def reduce(x: torch.Tensor) -> torch.Tensor:
     """The sum of `x` over the model-parallel ranks, in place."""
     group = fairscale_groups.get_model_parallel_group()
     if group.size() > 1:
-        dist.all_reduce(x, group=group)
+        with collective("all-reduce"):
+            dist.all_reduce(x, group=group)
     return x
 
 
@@ -190,5 +204,6 @@ def gather_columns(x_NV: torch.Tensor) -> torch.Tensor | None:
         return x_NV
     x_NV = x_NV.contiguous()
     parts = [torch.empty_like(x_NV) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(x_NV, parts, group=group, group_dst=0)
+    with collective("gather"):
+        dist.gather(x_NV, parts, group=group, group_dst=0)
     return torch.cat(parts, dim=-1) if parts else None

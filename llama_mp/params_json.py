@@ -12,6 +12,7 @@ from typing import Any
 
 from llama_mp.config import ModelConfig, RopeScaling, config_from_mapping, load_size, size_names
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 from llama_mp.layout import padded_sizes
 
 OWN_KEY = "llama_mp"
@@ -54,10 +55,9 @@ def stated_degree(path: Path) -> int | None:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises RequestError when there is none."""
     remedy = f"take {path.name} from the same download"
+    content = read_small(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(values, dict):

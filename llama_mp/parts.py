@@ -17,6 +17,8 @@ from llama_mp.errors import RequestError
 from llama_mp.files import REMOVED, is_locked, lock, sync
 from llama_mp.lines import Lines, readable_records
 
+REMOVALS = 3  # a task of an array may put its status there meanwhile; NFS keeps what is open under another name
+
 
 def parts_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.parts")
@@ -89,13 +91,16 @@ class Parts:
 
     def remove(self) -> None:
         """Remove all of them, and the folder, once their lines are in the output."""
-        try:
-            for path in self.folder.iterdir():
-                path.unlink(missing_ok=True)
-            self.folder.rmdir()
-        except OSError as error:  # another removes it at the same time, or begins a part, and removes it in its turn
-            if error.errno not in (*REMOVED, errno.ENOTEMPTY, errno.EEXIST):
-                raise
+        for _ in range(REMOVALS):
+            try:
+                for path in self.folder.iterdir():
+                    path.unlink(missing_ok=True)
+                return self.folder.rmdir()
+            except OSError as error:  # another removes it at the same time, or has just put something there
+                if error.errno not in (*REMOVED, errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            if self.files():  # of an attempt that begins, and will remove it in its turn
+                return
 
 
 def size_bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 A fault in a file is a RequestError that begins with FILE:LINE, lines counted from 1 as editors do.
 """
 
+import itertools
 import json
 import os
 import stat
@@ -24,6 +25,7 @@ BUILT_IN_PROMPTS = (
     "Water boils at a temperature of",
     "Once upon a time, in a village by the sea,",
 )
+MAX_LINE_BYTES = 1 << 23  # more text than any model has context for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,9 @@ def read_prompts_file(path: Path, sampling: SamplingConfig) -> tuple[list[Prompt
             f"--prompts_file {path}: unknown kind {path.suffix!r}; "
             "valid: .txt (a prompt a line), .jsonl (an object a line)"
         )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"--prompts_file {path} cannot be read: {error.strerror}") from error
     read, num_blank = readers[path.suffix.lower()], 0
     prompts: dict[str, tuple[int, Prompt]] = {}
-    for number, line in enumerate(_lines(content, path)):
+    for number, line in enumerate(_lines(path)):
         if not line.strip():
             num_blank += 1
             continue
@@ -106,13 +104,22 @@ def read_standard_input() -> str | None:
     return text
 
 
-def _lines(content: bytes, path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
     # Split at line feeds alone: str.splitlines would also cut at U+2028 and its like inside a prompt.
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        yield _decode(line.removesuffix(b"\r"), f"{path}:{number}")
+    try:
+        if path.exists() and not path.is_file():
+            raise RequestError(f"--prompts_file {path} is a pipe or a device, which might never end; give a file")
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE_BYTES + 1)
+                if len(line) > MAX_LINE_BYTES:
+                    raise RequestError(f"{path}:{number}: the line has more than {MAX_LINE_BYTES} bytes; shorten it")
+                if not line:
+                    return
+                line = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{path}:{number}")
+    except OSError as error:
+        raise RequestError(f"--prompts_file {path} cannot be read: {error.strerror}") from error
 
 
 def _decode(raw: bytes, where: str) -> str:

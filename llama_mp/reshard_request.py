@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llama_mp.checkpoint.manifest import MANIFEST, read_entries, size_of
 from llama_mp.errors import RequestError
-from llama_mp.files import sample_digest
+from llama_mp.files import read_small, sample_digest
 from llama_mp.flags import REQUIRED, Flags, check_at_least, flag
 from llama_mp.layout import check_degree
 from llama_mp.locate import Checkpoint, checkpoint_at
@@ -131,8 +131,8 @@ def is_replaceable(folder: Path, manifest: Mapping[str, Any]) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that we wrote, or an empty one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        manifest = json.loads(read_small(folder / MANIFEST))
+    except (ValueError, RecursionError):  # a RequestError is a ValueError
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

@@ -3,15 +3,19 @@
 N tokens, B rows, V vocabulary.
 """
 
+import os
+import zlib
 from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 
+from llama_mp import liveness
 from llama_mp.cache import KVCache
 from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import ModelConfig
+from llama_mp.errors import RunError
 from llama_mp.model import Step, Transformer
 from llama_mp.parallel import gather_columns
 from llama_mp.rope import rotation_table
@@ -45,8 +49,9 @@ class Runner:
             mask=mask,
             is_causal=start == 0 and len(tokens) > 1,
         )
-        x_NC = self.model(torch.tensor(tokens, device=self.device), step, self.cache)
-        return self.logits(x_NC if all_logits else x_NC[-1:])
+        with liveness.step():
+            x_NC = self.model(torch.tensor(tokens, device=self.device), step, self.cache)
+            return self.logits(x_NC if all_logits else x_NC[-1:])
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor | None:
@@ -65,7 +70,8 @@ class Runner:
             length=length,
             mask=mask,
         )
-        return self.logits(self.model(torch.tensor(tokens, device=self.device), step, self.cache))
+        with liveness.step():
+            return self.logits(self.model(torch.tensor(tokens, device=self.device), step, self.cache))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let slot `target` hold what slot `source` holds in its first `length` positions."""
@@ -87,7 +93,7 @@ class Leader:
 
     def __init__(self, runner: Runner, world: World) -> None:
         self.runner, self.world = runner, world
-        self.cache = runner.cache
+        self.cache, self.history = runner.cache, History()
 
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
         self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), tokens)
@@ -109,14 +115,14 @@ class Leader:
         if self.world.size > 1:
             message = blank_message(self.cache)
             message[: 5 + len(values)] = torch.tensor([op, count, *arguments, *values])
-            dist.broadcast(message, src=0)
+            self.history.pass_on(message)
 
 
 def follow(runner: Runner) -> None:
     """Take rank 0's steps until it says stop."""
-    message = blank_message(runner.cache)
+    message, history = blank_message(runner.cache), History()
     while True:
-        dist.broadcast(message, src=0)
+        history.pass_on(message)
         op, count, *arguments = message[:5].tolist()
         values = message[5:]
         if op == Op.PREFILL:
@@ -129,6 +135,28 @@ def follow(runner: Runner) -> None:
         else:
             assert op == Op.STOP, f"operation {op}"
             return
+
+
+class History:
+    """What rank 0 has told the others. With LLAMA_MP_DEBUG=1 all compare what they heard, at each step."""
+
+    def __init__(self) -> None:
+        self.is_compared, self.digest = os.environ.get("LLAMA_MP_DEBUG") == "1", 0
+
+    def pass_on(self, message: torch.Tensor) -> None:
+        """Rank 0's `message` becomes every rank's. Raises RunError where a rank has heard another, now or before."""
+        dist.broadcast(message, src=0)
+        if not self.is_compared:
+            return
+        self.digest = zlib.crc32(message.numpy().tobytes(), self.digest)
+        digests = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+        dist.all_gather(digests, torch.tensor([self.digest]))
+        odd = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise RunError(
+                f"the ranks disagree on the tokens at step {liveness.here.step + 1}: rank {', '.join(odd)} has others "
+                "than rank 0; please report it"
+            )
 
 
 def blank_message(cache: KVCache) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 from llama_mp.attempt import Attempt
 from llama_mp.errors import DONE
 from llama_mp.files import json_bytes, write_whole
-from llama_mp.parts import parts_folder
+from llama_mp.parts import Parts, parts_folder
 
 UPDATE_S = 5.0
 
@@ -37,6 +37,12 @@ def read_status(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return status if isinstance(status, dict) else None
+
+
+def counted_anew(status: Mapping[str, Any], parts: Parts, name: str) -> dict[str, Any]:
+    """`status` of the attempt `name`, with what it has finished since that was written: it could not say so itself if
+    it was killed."""
+    return {**status, "done": max(status["done"], status["done_before"] + len(parts.ids_of(name)))}
 
 
 def write_status(path: Path, status: Mapping[str, Any]) -> None:

@@ -5,36 +5,28 @@ time. Here every loop step, every call and every character or element made is pa
 Whatever a template must not have (a name, a method, a filter) is absent from a list of what it may.
 """
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
-from jinja2.filters import FILTERS, do_indent
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from llama_mp.errors import RequestError
+from llama_mp.template_meter import METER, STEP, Meter, OverBudget, filters, join, paid, paid_output, replace, tests
 
-MAX_TEMPLATE_CHARS = 2**18
-STEP = OUTPUT_CHAR = 10  # units of work; a character or an element made is 1
-METER = " meter"  # a variable with a space in its name: no template can spell it
+MAX_TEMPLATE_CHARS = 2**16  # models' have a few thousand; compiling takes seconds for each hundred thousand
+MAX_FORM = 200  # of a date
 
 # fmt: off
-# What chat templates use, without what makes long values from short ones (center, ljust, format, lipsum, ...).
-CONSTANT_TIME_FILTERS = frozenset({"count", "d", "default", "first", "last", "length", "safe"})
-LIST_FILTERS = frozenset({"items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"})
-TEXT_FILTERS = frozenset({
-    "abs", "capitalize", "dictsort", "e", "escape", "float", "int", "lower", "max", "min", "sort", "string", "sum",
-    "title", "trim", "unique", "upper",
-})
+# What chat templates use, without what makes long values from short ones (center, ljust, format, ...).
 METHODS: dict[type, frozenset[str]] = {
     str: frozenset({
         "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace",
@@ -48,6 +40,14 @@ METHODS: dict[type, frozenset[str]] = {
     float: frozenset(),
 }
 # fmt: on
+QUADRATIC = (
+    "lstrip",
+    "rfind",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "strip",
+)  # in the lengths of the text and the argument
 
 
 def render(template: str, variables: Mapping[str, Any], budget: int) -> str:
@@ -78,105 +78,13 @@ class Refusal(TemplateError):
     """The template called raise_exception."""
 
 
-class OverBudget(Exception):
-    """Not one of the exceptions that jinja2's own filters catch (TypeError, ValueError, LookupError)."""
-
-
-class Meter:
-    """What is left of one rendering's budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.left = budget
-
-    def spend(self, units: int) -> None:
-        self.left -= units
-        if self.left < 0:
-            raise OverBudget
-
-    def pay(self, value: Any, as_text: bool = False) -> int:
-        """Spend the units that `value` is worth, and return them.
-
-        A text: its characters; anything else: its elements at every depth, and `as_text` their characters.
-        """
-        if isinstance(value, str):
-            as_text = True
-        before, stack = self.left, [value]
-        while stack:
-            item = stack.pop()
-            self.spend(1)
-            if isinstance(item, range) or (as_text and isinstance(item, str)):
-                self.spend(len(item))
-            elif isinstance(item, int):
-                self.spend(item.bit_length())
-            elif isinstance(item, Mapping):
-                stack += [*item.keys(), *item.values()]
-            elif isinstance(item, Collection) and not isinstance(item, str):
-                stack += item
-        return before - self.left
-
-    def each(self, items: Iterable[Any], as_text: bool = False) -> Iterator[Any]:
-        for item in items:
-            self.spend(STEP)
-            self.pay(item, as_text)
-            yield item
-
-
-@pass_context
-def paid(context: Context, value: Any, as_text: bool = False) -> Any:
-    """`value`, paid for: at once, or item by item when it is still being made."""
-    if isinstance(value, Iterator):
-        return context[METER].each(value, as_text)
-    context[METER].pay(value, as_text)
-    return value
-
-
-@pass_context
-def steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
-    return context[METER].each(values)
-
-
-@pass_context
-def paid_output(context: Context, value: Any) -> Any:
-    context[METER].spend((OUTPUT_CHAR - 1) * context[METER].pay(value, as_text=True))
-    return value
-
-
-@pass_context
-def join(context: Context, values: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
-    if attribute is not None:
-        values = [context.environment.getitem(value, attribute) for value in values]
-    texts = [str(value) for value in context[METER].each(values, as_text=True)]
-    context[METER].spend(len(texts) * len(separator))
-    return separator.join(texts)
-
-
-@pass_context
-def replace(context: Context, text: Any, old: Any, new: Any, count: int = -1) -> str:
-    text, old, new = (str(paid(context, part, as_text=True)) for part in (text, old, new))
-    context[METER].spend(text.count(old) * len(new))
-    return text.replace(old, new, count)
-
-
-@pass_context
-def indent(context: Context, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    context[METER].spend((text.count("\n") + 1) * (width if isinstance(width, int) else len(width)))
-    return do_indent(text, width, first, blank)
-
-
-def to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """As Hugging Face's: without HTML escapes."""
-    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
-        raise SecurityError("tojson: an indent from 0 to 16 is allowed")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def raise_exception(message: str) -> None:
     raise Refusal(str(message)[:500])
 
 
 def strftime_now(form: str) -> str:
+    if len(form) > MAX_FORM:  # the library makes up to 256 characters of each
+        raise SecurityError(f"a date of {len(form)} characters")
     return datetime.now().strftime(form)
 
 
@@ -211,9 +119,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             finalize=paid_output,
             extensions=["jinja2.ext.loopcontrols", GenerationTag],
         )
-        harmless = CONSTANT_TIME_FILTERS | LIST_FILTERS | TEXT_FILTERS
-        own = {"indent": indent, "join": join, "replace": replace, "tojson": to_json, "paid": paid, "steps": steps}
-        self.filters = {name: FILTERS[name] for name in harmless} | own
+        self.filters, self.tests = filters(), tests()
         functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
         self.globals = {"range": self.globals["range"], "dict": dict, "namespace": OpaqueNamespace} | functions
 
@@ -237,16 +143,19 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return paid(context, super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(function, "__self__", None)
-        context[METER].spend(STEP)
-        context[METER].pay([owner, *kwargs.values()])
-        args = tuple(paid(context, argument) for argument in args)
+        owner, meter = getattr(function, "__self__", None), context[METER]
+        meter.spend(STEP)
+        # Macros take what they are given as it is; Python's own functions compare, search or write it out.
+        as_text = not isinstance(function, Macro | LoopContext)
+        meter.pay([owner, *kwargs.values()], as_text)
+        args = tuple(paid(context, argument, as_text) for argument in args)
         if isinstance(owner, str):
-            context[METER].pay(owner)
             if function.__name__ == "join":
                 return join(context, *args, separator=owner)
             if function.__name__ == "replace":
                 return replace(context, owner, *args)
+            if function.__name__ in QUADRATIC:
+                meter.spend(len(owner) * sum(len(argument) for argument in args if isinstance(argument, str)))
         return paid(context, super().call(context, function, *args, **kwargs))
 
 
@@ -264,13 +173,6 @@ class Metering(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         node.nodes = [filtered(part, "paid", as_text=True) for part in node.nodes]
-        return node
-
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
-        self.generic_visit(node)
-        # node.node is None in a {% filter %} block, whose body was paid for as it was made.
-        if node.node is not None and node.name not in CONSTANT_TIME_FILTERS:
-            node.node = filtered(node.node, "paid", as_text=node.name not in LIST_FILTERS)
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:

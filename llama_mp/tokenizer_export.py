@@ -24,9 +24,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, Tr
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_byte_level import ByteLevelTokenizer
-from llama_mp.tokenizer_files import folders_of_settings, kind_of, load_tokenizer, read_tokenizer
+from llama_mp.tokenizer_files import MAX_TOKENIZER_BYTES, folders_of_settings, kind_of, load_tokenizer, read_tokenizer
 from llama_mp.tokenizer_sentencepiece import SentencePieceTokenizer
 from llama_mp.tokenizer_settings import find, read_object, read_settings
 from llama_mp.vocabulary import NORMAL, UNKNOWN, USER_DEFINED
@@ -56,12 +57,12 @@ def tokenizer_folder(tokenizer_path: Path, checkpoint: Path, *, hugging_face: bo
         if hugging_face or "tokenizer.model" not in files:  # a Meta folder's tokenizer.model would go before it
             files["tokenizer.json"] = composed_json(tokenizer)
     elif kind == "json":
-        files = existing_settings(folders) | {"tokenizer.json": tokenizer_path.read_bytes()}
+        files = existing_settings(folders) | {"tokenizer.json": read_small(tokenizer_path, MAX_TOKENIZER_BYTES)}
         model = tokenizer_path.parent / "tokenizer.model"
         if model.is_file() and model != tokenizer_path and (hugging_face or is_alike(model, folders, tokenizer)):
-            files["tokenizer.model"] = model.read_bytes()
+            files["tokenizer.model"] = read_small(model, MAX_TOKENIZER_BYTES)
     else:
-        files = {"tokenizer.model": tokenizer_path.read_bytes()}
+        files = {"tokenizer.model": read_small(tokenizer_path, MAX_TOKENIZER_BYTES)}
         if hugging_face:
             files |= composed_settings(tokenizer, template) | {"tokenizer.json": composed_json(tokenizer)}
             # Only these two: the others hold tokens, which could be added to those of the composed file.
@@ -78,7 +79,7 @@ def tokenizer_folder(tokenizer_path: Path, checkpoint: Path, *, hugging_face: bo
 def existing_settings(folders: Sequence[Path]) -> dict[str, bytes]:
     """The files beside a tokenizer, each from the first folder that has it. What read_settings finds in config.json,
     which is not among them, is kept too."""
-    files = {name: path.read_bytes() for name in SETTINGS_FILES if (path := find(name, folders))}
+    files = {name: read_small(path) for name in SETTINGS_FILES if (path := find(name, folders))}
     ends = read_settings(folders).end_ids
     if ends and not read_object("generation_config.json", folders):
         files["generation_config.json"] = to_json({"eos_token_id": ends})
@@ -179,7 +180,12 @@ def library_of_pieces(model: ModelProto) -> tokenizers.Tokenizer:
 def normalizing_steps(spec: NormalizerSpec) -> list[normalizers.Normalizer]:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        try:
+            steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        except Exception as error:  # the library raises no other class, whatever the fault
+            raise RequestError(
+                f"the tokenizer's rules for characters are damaged: {error}; download it again"
+            ) from error
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(tokenizers.Regex(r"\A +| +\z|(?<= ) +"), ""))
     if spec.add_dummy_prefix:

@@ -10,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_mp.chat_format import built_in_template
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 from llama_mp.gguf_header import read_header
 from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_byte_level import gguf_byte_level
@@ -20,6 +21,7 @@ from llama_mp.tokenizer_tiktoken import tokenizer_from_tiktoken
 
 Kind = Literal["gguf", "tiktoken", "json", "sentencepiece"]
 
+MAX_TOKENIZER_BYTES = 1 << 26  # Llama 3's tokenizer.json has 17 MB
 NEEDED = "a tokenizer.model, a tokenizer.json or a .gguf file is needed"
 
 
@@ -33,7 +35,7 @@ def read_tokenizer(
     kind = kind_of(path)
     if kind == "gguf":
         metadata = read_header(path).metadata
-        tokenizer, template = tokenizer_from_gguf(metadata), metadata.get("tokenizer.chat_template")
+        tokenizer, template = tokenizer_from_gguf(metadata), gguf_template(metadata)
     else:
         settings = read_settings(folders_of_settings(path, checkpoint))
         tokenizer, template = load_tokenizer(path, settings), settings.template
@@ -55,7 +57,7 @@ def load_tokenizer(path: Path, settings: Settings | None = None) -> Tokenizer:
     settings = settings or read_settings([path.parent])
     read = {"tiktoken": tokenizer_from_tiktoken, "json": tokenizer_from_json, "sentencepiece": parse_sentencepiece}
     try:
-        return read[kind](path.read_bytes(), settings)
+        return read[kind](read_small(path, MAX_TOKENIZER_BYTES), settings)
     except RequestError as error:
         raise RequestError(f"tokenizer {path}: {str(error).removeprefix('tokenizer: ')}") from error
 
@@ -64,8 +66,11 @@ def kind_of(path: Path) -> Kind:
     """What the content looks like. Raises RequestError for what is plainly no tokenizer."""
     if not path.is_file():
         raise RequestError(f"tokenizer {path}: {'a folder' if path.is_dir() else 'no such file'}; {NEEDED}")
-    with path.open("rb") as file:
-        head = file.read(4096)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise RequestError(f"tokenizer {path} cannot be read: {error.strerror}") from error
     text = head.lstrip().lower()
     looks_by_start = {
         b"pk\x03\x04": "a zip archive, such as a torch checkpoint",
@@ -90,7 +95,17 @@ def parse_sentencepiece(content: bytes, settings: Settings) -> Tokenizer:
         raise RequestError(f"not a sentencepiece model, or cut short; {NEEDED}") from error
     if not model.pieces:
         raise RequestError(f"not a sentencepiece model, it has no pieces; {NEEDED}")
+    # The parser gives bytes for what is not UTF-8, and the library has something to say of null characters.
+    if not all(isinstance(piece.piece, str) and "\0" not in piece.piece for piece in model.pieces):
+        raise RequestError("a sentencepiece model with pieces that are no texts; download it again")
     return tokenizer_from_sentencepiece(model, settings)
+
+
+def gguf_template(metadata: Mapping[str, Any]) -> str | None:
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None) or re.search("[\ud800-\udfff]", template or ""):
+        raise RequestError("tokenizer.chat_template of the GGUF file is not UTF-8 text; download it again")
+    return template
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:

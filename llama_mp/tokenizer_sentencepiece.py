@@ -9,7 +9,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, Tr
 from llama_mp.errors import RequestError
 from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_settings import Settings
-from llama_mp.vocabulary import BYTE, CONTROL, REMEDY, Vocabulary, gguf_array, gguf_vocabulary, settle_types
+from llama_mp.vocabulary import BYTE, CONTROL, REMEDY, Vocabulary, gguf_array, gguf_bool, gguf_vocabulary, settle_types
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -64,7 +64,7 @@ def gguf_sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
         trainer_spec=TrainerSpec(model_type=TrainerSpec.BPE, byte_fallback=BYTE in vocabulary.types),
         normalizer_spec=NormalizerSpec(
             name="identity",
-            add_dummy_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True),
+            add_dummy_prefix=gguf_bool(metadata, "add_space_prefix", default=True),
             remove_extra_whitespaces=False,
             escape_whitespaces=True,
         ),

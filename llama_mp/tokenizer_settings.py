@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,9 @@ def read_object(name: str, folders: Sequence[Path]) -> dict[str, Any]:
     path = find(name, folders)
     if path is None:
         return {}
+    content = read_small(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is not JSON, or cut short: {error}; download it again") from error
     if not isinstance(found, dict):
@@ -87,8 +89,8 @@ def read_template(folders: Sequence[Path], configured: Any) -> str | None:
     path = find("chat_template.jinja", folders)
     if path is not None:
         try:
-            return path.read_text(encoding="utf-8")
-        except ValueError as error:
+            return read_small(path).decode("utf-8")
+        except UnicodeDecodeError as error:
             raise RequestError(f"{path} is not UTF-8 text; download it again") from error
     if isinstance(configured, list):
         named = [entry for entry in configured if isinstance(entry, dict) and entry.get("name") == "default"]

@@ -13,7 +13,7 @@ from llama_mp.errors import RequestError
 from llama_mp.tokenizer import Tokenizer
 from llama_mp.tokenizer_byte_level import LLAMA3_WORDS, ByteLevelTokenizer
 from llama_mp.tokenizer_settings import Settings
-from llama_mp.vocabulary import BYTE_OF_LETTER, CONTROL, NORMAL, REMEDY, Vocabulary
+from llama_mp.vocabulary import BYTE_OF_LETTER, CONTROL, MAX_TOKEN_CHARS, NORMAL, REMEDY, Vocabulary
 
 # The ids after the last rank, which the file does not hold. These are the names of Llama 3.1 and later, as their
 # tokenizer.json has them. The same file serves Llama 3, where the tokens for padding, the end of a message and Python
@@ -67,6 +67,8 @@ def read_ranks(content: bytes) -> list[bytes]:
     tokens = [found[rank] for rank in sorted(found)]
     if sorted(found) != list(range(len(lines))) or len(set(tokens)) != len(lines):
         raise RequestError(f"{len(lines)} lines hold {len(set(tokens))} tokens and {len(found)} ranks{REMEDY}")
+    if (longest := max(map(len, tokens), default=0)) > MAX_TOKEN_CHARS:
+        raise RequestError(f"a token of {longest} bytes{REMEDY}")
     if missing := 256 - sum(len(token) == 1 for token in tokens):
         raise RequestError(f"{missing} of the 256 single bytes are missing{REMEDY}")
     return tokens

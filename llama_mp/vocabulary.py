@@ -25,6 +25,7 @@ END_TEXTS = frozenset({
 })
 # fmt: on
 
+MAX_TOKEN_CHARS = 1024  # Llama 3's longest has 128; who cuts a token at every place takes the square of it
 REMEDY = "; convert the model again, or give another --tokenizer"
 
 Element = TypeVar("Element")
@@ -57,6 +58,8 @@ class Vocabulary:
                 )
         if self.adds_bos and self.bos_id is None:
             raise RequestError(f"tokenizer: prompts are to begin with a special token, but no bos id is given{REMEDY}")
+        if (longest := max(map(len, self.tokens), default=0)) > MAX_TOKEN_CHARS:
+            raise RequestError(f"tokenizer: a token of {longest} characters{REMEDY}")
         if unknown := set(self.types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
             raise RequestError(f"tokenizer: unknown token types {sorted(unknown)}{REMEDY}")
         for text, kind in zip(self.tokens, self.types, strict=True):
@@ -93,7 +96,7 @@ def gguf_vocabulary(metadata: Mapping[str, Any], default_ids: Mapping[str, int],
         bos_id=ids["bos"],
         eos_id=ids["eos"],
         other_end_ids=[ids[role] for role in ("eot", "eom") if ids[role] is not None],
-        adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+        adds_bos=gguf_bool(metadata, "add_bos_token", default=adds_bos),
     )
 
 
@@ -107,6 +110,13 @@ def gguf_array(
     if length is not None and len(values) != length:
         raise RequestError(f"tokenizer.ggml.{name} has {len(values)} entries, but there are {length} tokens{REMEDY}")
     return values
+
+
+def gguf_bool(metadata: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise RequestError(f"tokenizer.ggml.{name} is {value!r}, but must be true or false{REMEDY}")
+    return value
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -7,7 +7,6 @@ Messages are JSON in torchrun's store, one after the other, and every rank count
 import contextlib
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,35 +19,13 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from llama_mp import errors
 from llama_mp.errors import LostContact, RequestError, RunError
+from llama_mp.liveness import Pulse
 from llama_mp.pinning import unpin
 
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
-HEARTBEAT_S = 1.0
 LONGEST_POLL_S = 0.05
-LEAST_PATIENCE_S = 30.0  # a machine that is short of memory may let rank 0 sleep for many seconds
 CONTACT = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe|timed out", re.IGNORECASE)
-
-
-class Heartbeat(threading.Thread):
-    """Counts up a key of the store until `stop`, so that those who wait for this process know that it lives.
-
-    A store serves one call of a process at a time: while another thread waits in it, the heart stands still."""
-
-    KEY = "heartbeat"
-
-    def __init__(self, store: dist.Store) -> None:
-        super().__init__(daemon=True)
-        self.store, self.stopped = store, threading.Event()
-
-    def run(self) -> None:
-        with contextlib.suppress(dist.DistError):  # without the store there is nobody left to tell
-            while not self.stopped.wait(HEARTBEAT_S):
-                self.store.add(self.KEY, 1)
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self.join()
 
 
 @dataclass(kw_only=True)
@@ -60,8 +37,7 @@ class World:
     device: torch.device
     store: dist.Store
     local_size: int = 1  # ranks on this machine
-    patience_s: float = LEAST_PATIENCE_S  # for which rank 0's heart may stand still while the others wait for it
-    heartbeat: Heartbeat | None = None  # of rank 0, where there are others
+    pulse: Pulse | None = None  # where there are others, and nobody else looks after them
     num_messages: int = 0  # set-up messages so far; every rank counts alike
     read_keys: list[str] = field(default_factory=list)  # of messages that may be deleted at the next `gather`
 
@@ -78,19 +54,17 @@ class World:
             self.store.set(key, json.dumps(message))
             self.read_keys.append(key)
             return message
-        self.wait_for_leader(key)
+        self.wait_for([key])
         return json.loads(self.store.get(key))
 
-    def wait_for_leader(self, key: str) -> None:
-        """Return when rank 0 has set `key`. Raises LostContact when its heart stands still."""
-        beats, beaten, pause = -1, time.monotonic(), 0.001
-        while not self.store.check([key]):  # polled: torch would print a warning for each `wait` that times out
+    def wait_for(self, keys: list[str]) -> None:
+        """Return when `keys` are set. Raises LostContact when a rank falls silent."""
+        pause = 0.001
+        while not self.store.check(keys):  # polled: torch would print a warning for each `wait` that times out
+            if self.pulse:
+                self.pulse.check()
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_S)
-            if (count := self.store.add(Heartbeat.KEY, 0)) != beats:
-                beats, beaten = count, time.monotonic()
-            elif (silence := time.monotonic() - beaten) > self.patience_s:
-                raise LostContact(f"rank {self.rank} has heard nothing of rank 0 for {silence:.0f} s: start again")
 
     def gather(self, message: Any) -> list[Any]:
         """Every rank's JSON `message`, on every rank, in rank order. Waits for the slowest."""
@@ -99,7 +73,7 @@ class World:
         key = self.next_key()
         self.store.set(f"{key}/{self.rank}", json.dumps(message))
         keys = [f"{key}/{rank}" for rank in range(self.size)]
-        self.store.wait(keys, SETUP_TIMEOUT)
+        self.wait_for(keys)
         if self.is_leader:  # all have come here, so what was said before has been read
             for old in self.read_keys:
                 self.store.delete_key(old)
@@ -145,15 +119,12 @@ class World:
             about_peers = isinstance(error, dist.DistError) or CONTACT.search(str(error))
             if self.size == 1 or not about_peers:
                 raise
-            raise LostContact(
-                f"rank {self.rank} lost contact with another rank, which died or was silent for longer than "
-                "--step_timeout; the first failure says why"
-            ) from error
+            raise self.pulse.lost() from error
 
     def close(self) -> None:
         """Leave the groups. A world that failed is not closed: its peers may be gone."""
-        if self.heartbeat:
-            self.heartbeat.stop()
+        if self.pulse:
+            self.pulse.stop()
         unpin()
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()

@@ -89,3 +89,17 @@ def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.conf))
     yield slurm_cluster
     slurm_cluster.cancel_all()
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Replaces SLURM's commands: `commands(name, script)`. Those that are not replaced are not there, nor any other."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def replace(name, script):
+        folder.joinpath(name).write_text(f"#!/bin/sh\n{script}\n")
+        folder.joinpath(name).chmod(0o755)
+
+    return replace

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from llama_mp import shared_memory
-from llama_mp import world as world_module
 from llama_mp.checkpoint.meta import MetaSource
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig
 from llama_mp.engine import Engine
@@ -277,21 +277,20 @@ def silent_rank(step_timeout: float, silence: float) -> str:
         world.close()
 
 
-def patient(patience: float, pause: float, heart_stops: bool) -> str:
-    """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating, fast, or not."""
-    with patch.object(world_module, "HEARTBEAT_S", 0.2):
-        world = connect(RunConfig(device="cpu"))
-        world.patience_s = patience
-        try:
-            if world.is_leader:
-                if heart_stops:
-                    world.heartbeat.stop()
-                time.sleep(pause)
-            return world.tell("hello" if world.is_leader else None)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        finally:
-            world.close()
+def patient(limit: float, pause: float, heart_stops: bool) -> str:
+    """Rank 0 pauses for longer than the others' patience before it speaks, its heart beating or not."""
+    world = connect(RunConfig(device="cpu", step_timeout=limit))
+    world.gather("all are heard")
+    try:
+        if world.is_leader:
+            if heart_stops:
+                world.pulse.is_over = True
+            time.sleep(pause)
+        return world.tell("hello" if world.is_leader else None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        world.close()
 
 
 def slow_leader(step_timeout: float, pause: float) -> list[Any]:
@@ -306,3 +305,25 @@ def slow_leader(step_timeout: float, pause: float) -> list[Any]:
     dist.broadcast(message, src=0)
     world.close()
     return [*told, message.item()]
+
+
+def misheard(path: Path, tokenizer: Path) -> str:
+    """LLAMA_MP_DEBUG=1: the last rank hears another token than rank 0 said, in the third step."""
+    world, broadcast, count = connect(RunConfig(device="cpu")), dist.broadcast, 0
+
+    def mishearing(message: torch.Tensor, src: int) -> None:
+        nonlocal count
+        broadcast(message, src=src)
+        count += 1
+        if count == 3 and world.rank == world.size - 1:
+            message[5] += 1
+
+    try:
+        llm = load(world, path, tokenizer)
+        with patch.dict(os.environ, LLAMA_MP_DEBUG="1"), patch.object(dist, "broadcast", mishearing):
+            ask_one(llm, [1, 2, 3], num_tokens=6)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        world.close()
+    return "not noticed"

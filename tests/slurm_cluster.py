@@ -136,11 +136,12 @@ class SlurmCluster:
         while not holds():
             for name, daemon in self.daemons.items():
                 assert daemon.poll() is None, f"{name} ended with {daemon.returncode}; see {self.root}/log"
-            state = (
-                "waiting for munged" if "slurmctld" not in self.daemons else self.sh("sinfo -N; squeue", check=False)
-            )
-            assert time.monotonic() < end, f"no {what} in {timeout} s\n{state}"
+            assert time.monotonic() < end, f"no {what} in {timeout} s\n{self.shown()}"
             time.sleep(0.05)
+
+    def shown(self) -> str:
+        """Its nodes and jobs, once there is who tells of them."""
+        return self.sh("sinfo -N; squeue", check=False) if "slurmctld" in self.daemons else ""
 
     def field(self, job: str, name: str) -> str:
         """One word of `scontrol show job`, such as JobState, Reason, Restarts, ExitCode."""

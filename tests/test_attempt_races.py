@@ -65,6 +65,20 @@ def test_a_zombie_that_ends_first_takes_nothing_from_who_follows(path):
     assert complete(path) and read_status(status_path(path, None))["code"] == 0
 
 
+def test_a_status_that_is_put_among_the_parts_as_they_are_removed_goes_too(path, monkeypatch):
+    """By the supervisor of another task, which has ended before."""
+    rmdir, late = Path.rmdir, iter([status_path(path, (0, 2))])
+
+    def remove(folder: Path) -> None:
+        if status := next(late, None):
+            status.write_text("{}")
+        rmdir(folder)
+
+    monkeypatch.setattr(Path, "rmdir", remove)
+    finish(opened(path))
+    assert complete(path) and next(late, None) is None
+
+
 def test_nfs_tells_that_another_host_removed_the_part(path, monkeypatch):
     second = opened(path, "12-1")
     finish(opened(path))

@@ -15,20 +15,6 @@ RECORDED = (ROOT / "tests" / "data" / "scontrol.txt").read_text().splitlines()
 HEAD = "#!/bin/bash\n#SBATCH --output=/dev/null\n"
 
 
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Replaces SLURM's commands: `commands(name, script)`. Those that are not replaced are not there."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-
-    def replace(name, script):
-        folder.joinpath(name).write_text(f"#!/bin/sh\n{script}\n")
-        folder.joinpath(name).chmod(0o755)
-
-    return replace
-
-
 def shown(text, stream=1):
     """A shell command that prints `text`."""
     return "printf '%s\\n' '{}' >&{}".format(text.replace("'", "'\\''"), stream)
@@ -135,6 +121,14 @@ def test_variables_of_a_job_around_us_are_not_handed_on(commands, monkeypatch: p
     assert cluster.call("sbatch", "--parsable") == "12;xx\n"
 
 
+def test_a_users_defaults_for_sbatch_count_for_less_than_the_script(commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PARTITION", "TIMELIMIT", "NO_REQUEUE", "MEM_PER_NODE", "OPEN_MODE", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", name)
+    said = [f"#SBATCH --{option}" for option in ("partition=main", "time=5", "requeue", "mem=1M", "open-mode=append")]
+    commands("sbatch", "set | while read name; do case $name in SBATCH_*) echo $name;; esac; done")
+    assert cluster.call("sbatch", text="\n".join(said)) == "SBATCH_ACCOUNT='ACCOUNT'\n"
+
+
 def test_the_answer_after_a_submission_is_not_needed(commands) -> None:
     commands("sbatch", "echo 12; echo 'sbatch: 3 hours left' >&2")
     commands("scontrol", shown("slurm_load_jobs error: Unable to contact slurm controller", 2) + "; exit 1")
@@ -163,6 +157,12 @@ def test_reasons_for_which_a_job_waits_for_ever(reason: str, never: bool) -> Non
     waiting = RECORDED[4].replace("Reason=Resources", f"Reason={reason}").replace("Reason=Priority", f"Reason={reason}")
     assert parse(waiting).never_starts == never
     assert parse(RECORDED[5].replace("Reason=None", f"Reason={reason}")).never_starts is False  # it runs
+
+
+def test_a_parent_that_will_never_start(commands) -> None:
+    commands("scontrol", shown(RECORDED[4].replace("Reason=Resources", "Reason=BadConstraints")))
+    with pytest.raises(RequestError, match=r"^--after 35: job 35_\[1-3\] will never start \(BadConstraints\), so "):
+        submit("#SBATCH --dependency=afterok:35\n")
 
 
 # ---- on a cluster --------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from llama_mp.chat import ChatFlags
 from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
 from llama_mp.cores import cores_at_hand
+from llama_mp.doctor import DoctorFlags
 from llama_mp.plan import PlanFlags
 from llama_mp.reshard_request import ReshardFlags
 from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, ReshardJobFlags, StatusFlags, VerbFlags
@@ -44,6 +45,8 @@ PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 OTHER_FLAGS = {"standalone", "nproc_per_node", "help", "temprature"}  # the last is refused
+SBATCH_FLAGS = {"constraint", "exclusive", "export", "gres", "parsable", "qos"}
+SBATCH_FLAGS |= {"cpus", "gpus", "job", "mem", "ntasks", "open", "requeue", "signal"}  # up to their first hyphen
 
 
 class Block(NamedTuple):
@@ -88,21 +91,22 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path
     return home
 
 
-def terminal(commands: str, folder: Path, home: Path) -> tuple[int, str]:
+def terminal(commands: str, folder: Path, home: Path, **variables: str) -> tuple[int, str]:
     """The exit code of shell commands run in `folder`, and all that they print, in order."""
     environment = {
         "HOME": str(home),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),  # the code beside these pages, whatever is installed
         "PYTHONUNBUFFERED": "1",  # both outputs in the order in which a terminal shows them
-    }
+    } | variables
     done = run("bash", "-ec", f'exec 2>&1; cd "$0"\n{commands}', folder, **environment)
     return done.code, done.stdout
 
 
-def with_patience(page: str) -> object:
-    """A bench takes its time, and so do blocks from the disk: both have quick tests of their own."""
-    return pytest.param(page, marks=pytest.mark.slow) if page in ("bench.md", "offload.md") else page
+def marked(page: str) -> object:
+    """A bench takes its time, and blocks from the disk do: both have quick tests of their own. Jobs need a cluster."""
+    marks = {"bench.md": pytest.mark.slow, "offload.md": pytest.mark.slow, "slurm.md": pytest.mark.slurm}
+    return pytest.param(page, marks=marks[page]) if page in marks else page
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +116,22 @@ def checks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name = test_every_command_of_a_page_prints_what_it_shows.__name__
     chosen = [item for item in request.session.items if item.originalname == name]
     pages = [item.callspec.params["page"] for item in chosen]
+    cluster = request.getfixturevalue("slurm_cluster") if "slurm.md" in pages else None
+    variables = {"SLURM_CONF": str(cluster.conf)} if cluster else {}
     with ThreadPoolExecutor(cores_at_hand()) as pool:
-        yield {page: pool.submit(check_page, page, tmp_path_factory.mktemp("page"), home) for page in pages}
+        yield {
+            page: pool.submit(check_page, page, tmp_path_factory.mktemp("page"), home, **variables) for page in pages
+        }
+    if cluster:
+        cluster.cancel_all()
 
 
-@pytest.mark.parametrize("page", [with_patience(page) for page in PAGES])
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_every_command_of_a_page_prints_what_it_shows(page: str, checks: dict[str, Future]) -> None:
     checks[page].result()
 
 
-def check_page(page: str, tmp_path: Path, home: Path) -> None:
+def check_page(page: str, tmp_path: Path, home: Path, **variables: str) -> None:
     """Run the page's commands in `tmp_path`."""
     for name in ("launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -131,7 +141,7 @@ def check_page(page: str, tmp_path: Path, home: Path) -> None:
         if block.file:
             (tmp_path / block.file).write_text(block.content)
         elif block.language == "sh":
-            code, printed = terminal(block.content, tmp_path, home)
+            code, printed = terminal(block.content, tmp_path, home, **variables)
             shown = after.content if after.language == "text" else "...\n"
             refused = re.search("^error: ", shown, re.MULTILINE)
             checked = r"^error: (\d+ (fault|difference)|other logits)"
@@ -156,10 +166,10 @@ def test_every_block_of_a_page_takes_part_in_the_test(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_flags_that_there_are_and_readme_names_the_page(page: str) -> None:
     verbs = (InferFlags, ChatFlags, BenchFlags, ReshardFlags, VerifyFlags, PlanFlags)
-    verbs += (VerbFlags, InferJobFlags, BenchJobFlags, ReshardJobFlags, StatusFlags)
+    verbs += (DoctorFlags, VerbFlags, InferJobFlags, BenchJobFlags, ReshardJobFlags, StatusFlags)
     known = {name for verb in verbs for name in describe(verb)}
     named = set(re.findall(r"--([a-z_]+)", (DOCS / page).read_text(encoding="utf-8")))
-    assert named - OTHER_FLAGS <= known
+    assert named <= known | OTHER_FLAGS | SBATCH_FLAGS
     assert f"(docs/{page})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

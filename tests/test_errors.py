@@ -17,7 +17,7 @@ from factory import MODELS, hugging_face, meta_tensors, random_tensors, write_me
 from ranks import Ranks
 
 from llama_mp import LLM
-from llama_mp.errors import RunError
+from llama_mp.errors import MAX_LINE, RequestError, RunError, one_line
 
 CONFIG = MODELS["gqa"]
 ONE_DOWNLOAD = "check that params.json and all shards come from one download"
@@ -87,7 +87,7 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(ranks: Ranks, folde
     marker = tmp_path / "ran"
     torch.save({"norm.weight": RunsCode(marker)}, folder / SECOND)
     said = refused(ranks, folder)
-    assert said.startswith(f"{folder / SECOND} would run code when loaded, or is no torch file: refused (")
+    assert said.startswith(f"{folder / SECOND} would run code when loaded, or holds more than weights: refused (")
     assert said.endswith("; get it from a source that you trust")
     assert not marker.exists()
     torch.load(folder / SECOND, weights_only=False)  # what we do not do: the file does run code
@@ -164,3 +164,14 @@ def test_nan_in_the_answer_ends_the_run_in_words_that_fit_the_warning(
 def test_a_sound_model_is_loaded_without_a_word(ranks: Ranks, folder: Path) -> None:
     said = ranks.run(2, jobs.said_while_loading, path=folder, tokenizer=folder / "tokenizer.model")
     assert not any("warning" in text for text in said)
+
+
+def test_names_from_files_send_no_commands_to_a_terminal() -> None:
+    said = one_line(RequestError("tensor \x1b[2J\x07\u202e\x00 of żółć 🤖\n is unknown"))
+    assert said == "tensor \\x1b[2J\\x07\\u202e\\x00 of żółć 🤖 is unknown"
+    long = one_line(RequestError(f"tensor {'x' * 10**6} is unknown; download it again"))
+    assert (
+        len(long) < 2 * MAX_LINE
+        and long.startswith("tensor xxx")
+        and long.endswith("xxx is unknown; download it again")
+    )

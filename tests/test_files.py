@@ -14,7 +14,16 @@ import pytest
 
 from llama_mp import files
 from llama_mp.errors import RequestError
-from llama_mp.files import DIGEST_BLOCK_BYTES, DIGEST_SAMPLES, is_locked, json_bytes, lock, sample_digest, write_whole
+from llama_mp.files import (
+    DIGEST_BLOCK_BYTES,
+    DIGEST_SAMPLES,
+    is_locked,
+    json_bytes,
+    lock,
+    read_small,
+    sample_digest,
+    write_whole,
+)
 
 # ---- lock ------------------------------------------------------------------------------------------------------
 
@@ -179,3 +188,32 @@ def test_codes_of_a_full_disk() -> None:
         "Disk quota exceeded",
         "File too large",
     }
+
+
+# ---- small files -----------------------------------------------------------------------------------------------
+
+
+def test_a_small_file_is_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(b"x" * 100)
+    assert read_small(file, 100) == b"x" * 100
+    with pytest.raises(RequestError, match="has 100 bytes, but no such file has more than 99"):
+        read_small(file, 99)
+    os.truncate(file, 1 << 42)  # a hole
+    with pytest.raises(RequestError, match=f"has {1 << 42} bytes"):
+        read_small(file)
+
+
+def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "circle").symlink_to("circle")
+    for name, words in [
+        ("pipe", "is a pipe or a device, not a file"),
+        ("zeros", "is a pipe or a device, not a file"),
+        (".", "is a folder, not a file"),
+        ("circle", "cannot be read: Too many levels of symbolic links"),
+        ("missing", "cannot be read: No such file or directory"),
+    ]:
+        with pytest.raises(RequestError, match=words):
+            read_small(tmp_path / name)

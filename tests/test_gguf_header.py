@@ -1,6 +1,7 @@
 """Our reading of GGUF headers against the gguf package's, and against files that are damaged or hostile."""
 
 import importlib.util
+import os
 import random
 import struct
 import tracemalloc
@@ -15,11 +16,12 @@ import pytest
 import torch
 from factory import MODELS, checkpoint, finish_gguf, gguf_writer, random_tensors, write_gguf
 from gguf.constants import GGMLQuantizationType
+from mutations_packed import gguf_pair
 
 from llama_mp.checkpoint.load import open_source
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError, one_line
-from llama_mp.gguf_header import Header, read_header
+from llama_mp.gguf_header import MAX_VALUES, Header, read_header
 
 UINT32, STRING, ARRAY, UINT64, FLOAT32 = 4, 8, 9, 10, 6
 
@@ -132,8 +134,8 @@ def test_the_builder_of_bad_files_makes_good_ones_too(tmp_path: Path) -> None:
 
 SEVEN = struct.pack("<I", 7)
 HOSTILE = {
-    "counts of tensors": (file_of(num_tensors=2**60, data=0), "requires a buffer"),
-    "counts of values": (file_of(num_pairs=2**60, data=0), "requires a buffer"),
+    "counts of tensors": (file_of(num_tensors=2**60, data=0), f"({2**60} tensors and 0 values)"),
+    "counts of values": (file_of(num_pairs=2**60, data=0), f"(0 tensors and {2**60} values)"),
     "a key longer than the file": (file_of(struct.pack("<Q", 2**60), num_pairs=1), f"a text of {2**60} bytes"),
     "a name of control characters": (
         file_of(pair("a\nb", UINT32, struct.pack("<I", 7))),
@@ -245,3 +247,47 @@ def test_random_damage_of_a_model_gives_a_source_or_a_refusal(tmp_path: Path) ->
             num_opened += 1
             assert source.dtype("norm.weight") == torch.float32
     assert num_opened > 0
+
+
+# ---- files of gigabytes that take no room ----------------------------------------------------------------------
+
+
+HOLES = {
+    "a text": (pair("a", STRING, struct.pack("<Q", 3 << 30)), f"a text of {3 << 30} bytes"),
+    "an array of bytes": (pair("a", ARRAY, struct.pack("<IQ", 0, 3 << 30)), f"an array of {3 << 30} values"),
+    "an array of empty texts": (pair("a", ARRAY, struct.pack("<IQ", STRING, 1 << 28)), f"an array of {1 << 28} values"),
+    "arrays in an array": (pair("a", ARRAY, struct.pack("<IQ", ARRAY, 1 << 24)), f"an array of {1 << 24} values"),
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_a_hole_of_gigabytes_in_the_header(tmp_path: Path, name: str) -> None:
+    content, words = HOLES[name]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file_of(content, data=0))
+    os.truncate(path, 4 << 30)
+    tracemalloc.start()
+    with pytest.raises(RequestError) as caught:
+        read_header(path)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert words in str(caught.value)
+    assert peak_bytes < 4 << 20
+
+
+def test_many_arrays_are_counted_together(tmp_path: Path) -> None:
+    arrays = [pair(f"a{n}", ARRAY, struct.pack("<IQ", 0, MAX_VALUES // 3) + bytes(MAX_VALUES // 3)) for n in range(4)]
+    assert f"an array of {MAX_VALUES // 3} values" in refusal(tmp_path / "m.gguf", file_of(*arrays))
+
+
+@pytest.mark.parametrize("key", ["general.name", "llama.attention.layer_norm_rms_epsilon"])
+def test_metadata_of_another_type(tmp_path: Path, key: str) -> None:
+    config = gguf_config()
+    path = write_gguf(tmp_path / "m.gguf", config, random_tensors(config), GGMLQuantizationType.F32)
+    content = path.read_bytes()
+    at, end = gguf_pair(content, key.encode())
+    number, array = struct.pack("<Ii", 5, 7), struct.pack("<IIQB", ARRAY, 0, 1, 1)
+    for value in (number, array) if key == "general.name" else (number, array, struct.pack("<I", STRING) + text("x")):
+        path.write_bytes(content[:at] + value + content[end:] + bytes(64))
+        with pytest.raises(RequestError, match=r"is not a whole llama model: metadata .* of a wrong type"):
+            checkpoint(path)

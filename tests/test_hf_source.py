@@ -234,3 +234,11 @@ def test_headers_that_lie(tmp_path: Path, header: bytes) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     file_refusal(file)
+
+
+def test_a_header_larger_than_any_models_is_not_parsed(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", 90_000_000) + b"{")
+        opened.truncate(1 << 30)
+    assert "header too large: 90000000 bytes" in file_refusal(file)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from running import Done, Started, run, start
 
-from llama_mp.errors import RequestError
+from llama_mp import errors
+from llama_mp.errors import RequestError, RunError
 from llama_mp.launcher import check_ranks, must_launch
 
 # A verb of no more than this: `--do` says what each rank does, and which of them.
@@ -150,3 +151,13 @@ def test_a_signal_to_the_launcher_ends_the_ranks(verb, number, code):
     assert started.living() == []
     assert done.stderr == "" and done.stdout == ""
     assert time.monotonic() - before < 30  # torchrun kills only after 30 s what does not end by itself
+
+
+def test_a_rank_of_a_job_is_named_once(monkeypatch, capsys):
+    for name, value in {"LLAMA_MP_NODES": "n1,n2", "SLURMD_NODENAME": "n2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(errors, "_may_speak", lambda: True)
+    for text in ("rank 0 on n1 died", "the disk is full"):
+        errors.report(RunError(text))
+    told = ["rank 0 on n1 died", "rank 1 on n2: the disk is full"]
+    assert capsys.readouterr().err.splitlines() == [f"error: {line}" for line in told]

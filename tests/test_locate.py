@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -251,3 +252,19 @@ def test_a_size_whose_folder_holds_another_model(tmp_path: Path, monkeypatch: py
     shutil.copytree(meta_folder(tmp_path / "x", config=load_size("7B")), tmp_path / "13B")
     assert refusal(RunConfig(size="13B")).startswith(f"--size 13B contradicts {tmp_path / '13B'}: dim 4096, not 5120")
     assert refusal(RunConfig(size="13B")).endswith("; put that size there, or use --ckpt_dir")
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.gguf"])
+def test_weights_that_are_a_pipe_a_device_or_a_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RequestError, match=f"{name} is a pipe or a device, not a file"):
+        checkpoint_at(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(RequestError, match=f"{name} is a pipe or a device, not a file"):
+        checkpoint_at(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(RequestError, match=f"{name} is a folder, not a file"):
+        checkpoint_at(tmp_path)

@@ -137,3 +137,12 @@ def test_a_folder_of_pickles_only(tmp_path: Path, name: str) -> None:
         f"{tmp_path} holds pytorch_model.bin, which is not read: convert it to safetensors "
         "(transformers: from_pretrained, then save_pretrained)"
     )
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"../../..", b"\0", b"x" * 5000])
+def test_a_name_of_the_snapshot_that_is_none(tmp_path: Path, content: bytes) -> None:
+    repository = hf_cache(hf_folder(tmp_path / "model"), tmp_path / "models--a--b")
+    (repository / "refs" / "main").write_bytes(content)
+    assert "lacks the snapshot" in refusal_of(repository)
+    os.truncate(repository / "refs" / "main", 1 << 40)
+    assert f"main has {1 << 40} bytes, but no such file" in refusal_of(repository)

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
 from llama_mp.config import SamplingConfig
 from llama_mp.errors import RequestError, one_line
-from llama_mp.prompts import BUILT_IN_PROMPTS, Prompt, read_prompts_file
+from llama_mp.prompts import BUILT_IN_PROMPTS, MAX_LINE_BYTES, Prompt, read_prompts_file
 
 SAMPLING = SamplingConfig(temperature=0.25, max_gen_len=9)
 
@@ -178,3 +179,42 @@ def test_terminal_null_device_and_closed_input_are_no_prompt():
 def test_three_built_in_prompts_that_go_on():
     assert len(BUILT_IN_PROMPTS) == 3
     assert not any(text.endswith((" ", ".", "?")) for text in BUILT_IN_PROMPTS)
+
+
+# ---- abuse -----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_of_10_mb(tmp_path):
+    path = write(tmp_path, "p.txt", "short\n" + "x" * 10_000_000 + "\nshort\n")
+    with pytest.raises(RequestError, match=rf"p\.txt:2: the line has more than {MAX_LINE_BYTES} bytes"):
+        read_prompts_file(path, SAMPLING)
+    path = write(tmp_path, "p.jsonl", GOOD + '{"id": "2", "prompt": "' + "x" * 10_000_000 + '"}\n')
+    with pytest.raises(RequestError, match=r"p\.jsonl:2: the line has more than"):
+        read_prompts_file(path, SAMPLING)
+    whole = "x" * (MAX_LINE_BYTES - 1)
+    assert read_prompts_file(write(tmp_path, "p.txt", whole + "\n"), SAMPLING)[0][0].text == whole
+
+
+def test_a_file_of_terabytes_is_not_read_to_its_end(tmp_path):
+    path = write(tmp_path, "p.txt", "first\n")
+    os.truncate(path, 1 << 40)  # a hole, of zeros and of no line's end
+    tracemalloc.start()
+    with pytest.raises(RequestError, match=r"p\.txt:2: the line has more than"):
+        read_prompts_file(path, SAMPLING)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 4 * MAX_LINE_BYTES
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/urandom", "/dev/null", None])
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path, device):
+    path = tmp_path / "p.jsonl"
+    path.symlink_to(device) if device else os.mkfifo(path)
+    with pytest.raises(RequestError, match=r"p\.jsonl is a pipe or a device, which might never end; give a file"):
+        read_prompts_file(path, SAMPLING)
+
+
+def test_a_link_in_a_circle(tmp_path):
+    (tmp_path / "p.txt").symlink_to("p.txt")
+    with pytest.raises(RequestError, match=r"p\.txt cannot be read: Too many levels"):
+        read_prompts_file(tmp_path / "p.txt", SAMPLING)

@@ -11,6 +11,7 @@ from llama_mp.chat import ChatFlags
 from llama_mp.checkpoint.verify import VerifyFlags
 from llama_mp.cli import describe
 from llama_mp.config import size_names
+from llama_mp.doctor import DoctorFlags
 from llama_mp.plan import PlanFlags
 from llama_mp.reshard_request import ReshardFlags
 from llama_mp.slurm.flags import BenchJobFlags, InferJobFlags, ReshardJobFlags, StatusFlags, VerbFlags
@@ -35,7 +36,7 @@ def test_the_tree_lists_every_file_of_the_code_once_and_nothing_that_is_not_ther
 
 def test_every_flag_is_there_and_none_that_is_not():
     verbs = (InferFlags, ChatFlags, BenchFlags, PlanFlags, ReshardFlags, VerifyFlags)
-    verbs += (VerbFlags, InferJobFlags, BenchJobFlags, ReshardJobFlags, StatusFlags)
+    verbs += (DoctorFlags, VerbFlags, InferJobFlags, BenchJobFlags, ReshardJobFlags, StatusFlags)
     flags = [flag for verb in verbs for flag in describe(verb).values()]
     known = {flag.name for flag in flags if not flag.positional}
     named = set(re.findall(r"--([a-z_]+)", README))

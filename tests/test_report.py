@@ -11,6 +11,7 @@ from running import ROOT
 from slurm_cluster import SlurmCluster
 
 from llama_mp.errors import RequestError, RunError
+from llama_mp.parts import parts_folder
 from llama_mp.slurm import cluster, report
 from llama_mp.slurm.cluster import JobRecord, Unreachable, parse, submit
 from llama_mp.status import status_path
@@ -97,10 +98,15 @@ def test_totals(tmp_path: Path) -> None:
     assert one.total() == array.total() == "" and array.status("0-1") is None
     write_status(output)
     assert one.total() == "17 of 40 prompts"
-    write_status(output, (0, 2), done=3, all=20)
+    write_status(output, (0, 2), done=3, all=20, done_before=0)
     assert array.total() == "3 of 20 prompts of the tasks that have begun"
-    write_status(output, (1, 2), done=4, all=20)
+    write_status(output, (1, 2), done=4, all=20, done_before=0)
     assert array.total() == "7 of 40 prompts" and array.status("1")["done"] == 4
+    for attempt, count in (("35-0", 13), ("35-1", 3), ("35_1-0", 6)):  # answered, and not told yet
+        lines = [json.dumps({"id": str(i)}) for i in range(count)]
+        (parts_folder(output) / f"{attempt}.jsonl").write_text("\n".join([*lines, '{"id": "to']))
+    assert one.total() == "18 of 40 prompts", "5 of attempts before, and 13 of the one that the status is of"
+    assert array.total() == "9 of 40 prompts" and array.status("0")["done"] == 3
     for share in ((0, 2), (1, 2)):
         status_path(output, share).unlink()
     output.write_text("{}\n" * 40)  # all tasks are merged
@@ -122,7 +128,7 @@ def test_a_controller_that_is_being_restarted(monkeypatch: pytest.MonkeyPatch, c
     report.wait("35_0")
     told = ["no answer; asking again for 15 minutes", "35_0  RUNNING on n[3-4]", "35_0  COMPLETED on n[3-4]"]
     assert capsys.readouterr().err.splitlines() == told
-    monkeypatch.setattr(report, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(cluster, "PATIENCE_S", -1.0)
     answers = iter([Unreachable("no answer")])
     with pytest.raises(Unreachable):
         report.wait("35_0")
@@ -234,7 +240,7 @@ def test_an_array(slurm: SlurmCluster, folder: Path, capsys: pytest.CaptureFixtu
     id = submit(script("echo $SLURM_ARRAY_TASK_ID; sleep 60", options=options))
     slurm.until(lambda: [job.state for job in cluster.jobs_of(id)] == ["RUNNING", "RUNNING", "PENDING"], "two tasks")
     for task, done in ((0, 3), (1, 4)):
-        write_status(folder / "o.jsonl", (task, 3), job=id, done=done, all=20, done_before=20)
+        write_status(folder / "o.jsonl", (task, 3), job=id, done=done, all=20, done_before=done)
     logs = [Path(job.log) for job in cluster.jobs_of(id)[:2]]
     slurm.until(lambda: all(log.is_file() and log.read_text() for log in logs), "both logs")
     report.logs(id)

@@ -236,7 +236,7 @@ def test_a_rank_without_a_gpu_of_its_own_does_not_start(folder, model):
 def test_a_node_that_is_thought_lost_and_goes_on_spoils_nothing(folder, model, long_expected):
     """The first node's daemon dies, and with it SLURM's knowledge of what goes on there: rank 0, and the supervisor."""
     job = folder.job(*long_batch(model, "--time", "10"))
-    folder.until_in_the_middle()
+    folder.slurm.until(lambda: folder.num_done() > 0, "a first answer", 90)  # SLURM takes half a minute to notice
     lost = folder.slurm.field(job, "BatchHost")
     folder.slurm.lose(lost)
     folder.slurm.until(lambda: folder.slurm.field(job, "Restarts") == "1", "a second start", 60)

@@ -141,6 +141,7 @@ def test_memory_is_that_of_the_ranks_of_a_node_and_a_tenth_more() -> None:
     assert planned("--mp", "8", "--nodes", "2").mem_mib == pytest.approx(whole / 2, abs=1)
     offloaded = planned("--mp", "8", "--offload", "cpu").mem_mib
     assert offloaded > whole + 100_000  # 130 GB wait there
+    assert "must be at most 1000000" in refusal("infer", "--size", "65B", "--dry_run", "--mem_gib", "1e300")
     assert planned("--mp", "8", "--mem_gib", "1.5").mem_mib == 1536
 
 

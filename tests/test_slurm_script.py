@@ -86,6 +86,7 @@ TEXT = """\
 #SBATCH --comment="for #1"
 
 set -eo pipefail  # without -u: modules and activation scripts read unset variables
+trap '' USR1  # until the supervisor listens: a script that dies of a preemption's signal is not requeued
 module load cuda/12.4
 source "$HOME/venv/bin/activate"
 export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
@@ -165,6 +166,11 @@ def test_bash_reads_every_word_as_it_was_meant(stub: Path, tmp_path: Path) -> No
     printed = subprocess.run(["bash", tmp_path / "job.sh"], capture_output=True, text=True, check=True).stdout
     supervisor = ["-m", "llama_mp.slurm.supervisor", "--output", "o 'f'.jsonl", "--max_restarts", "1"]
     assert json.loads(printed) == [*supervisor, "--", str(stub), *words]
+
+
+def test_a_signal_that_comes_while_the_set_up_lines_run_does_not_end_the_script(stub: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text(render(job(python=str(stub), setup=("kill -USR1 $$", "kill -USR1 $$"))))
+    assert subprocess.run(["bash", tmp_path / "job.sh"], capture_output=True).returncode == 0
 
 
 def test_no_word_begins_a_line_of_its_own() -> None:

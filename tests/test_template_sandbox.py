@@ -2,8 +2,10 @@ import time
 
 import pytest
 
+from llama_mp import template_meter
 from llama_mp.chat_format import render_text
 from llama_mp.errors import RequestError
+from llama_mp.template_meter import MAX_S
 
 
 def show(template: str, *contents: str) -> str:
@@ -139,3 +141,75 @@ def test_runaway_templates_are_stopped(source: str) -> None:
 
 def test_nested_namespaces_are_not_spelled_out() -> None:
     assert show(DOUBLING.replace("START", "1").replace("STEP", "namespace(a=ns.x, b=ns.x)"), "x") == "<Namespace>"
+
+
+# ---- much time in few units of work ----------------------------------------------------------------------------
+
+CYCLE = "{% set ns = namespace(x=1) %}{% set ns.x = ns %}{% set path = 'x.' * 50000 ~ 'x' %}"
+BIG = "{% set text = 'a' * 100000 %}{% set spaces = ' ' * 100000 %}{% set list = [0] * 100000 %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ ([[0]] * 99999) | sum(start=[]) | length }}", "unexpected keyword argument 'start'"),
+        ("{{ ([0] * 99999) | tojson(separators=('a' * 99999, ':')) | length }}", "separators of at most 16"),
+        ("{{ strftime_now('%c' * 99999) }}", "a date of 199998 characters"),
+        (CYCLE + "{{ ([ns] * 50000) | sort(attribute=path) | length }}", "an attribute of 50000 steps"),
+        (CYCLE + "{{ ([ns] * 50000) | rejectattr(path) | list }}", "an attribute of 50000 steps"),
+        (CYCLE + "{{ ([ns] * 50000) | map(attribute=path) | list }}", "an attribute of 50000 steps"),
+        (CYCLE + "{{ ([ns] * 50000) | sum(path) }}", "an attribute of 50000 steps"),
+        (CYCLE + "{{ [[ns] * 50000] | map('max', attribute=path) | list }}", "an attribute of 50000 steps"),
+        (BIG + "{{ list | select('in', list) | list | length }}", "was stopped"),
+        (BIG + "{% for i in range(99999) %}{% if 1 is in(list) %}{% endif %}{% endfor %}", "was stopped"),
+        (BIG + "{% for i in range(99999) %}{% if text is upper %}{% endif %}{% endfor %}", "was stopped"),
+        (BIG + "{{ ([text] * 99999) | reject('upper') | list }}", "was stopped"),
+        (BIG + "{{ ([spaces] * 99999) | map('trim') | list }}", "was stopped"),
+        (BIG + "{{ ([list] * 99999) | map('max') | list }}", "was stopped"),
+        (BIG + "{{ 1 in (([text] * 99999) | map('upper')) }}", "was stopped"),
+        (BIG + "{{ 1 is in(([list] * 99999) | map('list')) }}", "was stopped"),
+        (BIG + "{{ 1 in (([list] * 99999) | map('tojson')) }}", "was stopped"),
+        (BIG + "{{ 1 in (([text] * 99999) | map('indent')) }}", "was stopped"),
+        (BIG + "{{ raise_exception([text] * 99999) }}", "was stopped"),
+        (BIG + "{% for i in range(99999) %}{{ ([text] * 99).count('b' ~ text) }}{% endfor %}", "was stopped"),
+        (BIG + "{{ (text * 2).rfind('ab' ~ text) }}", "was stopped"),
+        (BIG + "{{ (text * 2).rsplit('ab' ~ text) }}", "was stopped"),
+        (BIG + "{{ text.strip('b' * 99999 ~ 'a') }}", "was stopped"),
+        (BIG + "{{ text | trim('b' * 99999 ~ 'a') }}", "was stopped"),
+        ("{{ 1" + "~1" * 60000 + " }}", "120007 characters long"),
+    ],
+)
+def test_what_takes_much_time_is_refused_or_paid_for(source: str, message: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(RequestError, match=message) as caught:
+        show(source, "x")
+    assert "\n" not in str(caught.value)
+    assert time.perf_counter() - start < MAX_S
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set t = (1,) * 99999 %}{% set d = {t: 1} %}{% for i in range(99999) %}{% set x = d[t] %}{% endfor %}",
+        "{% set a = 3 ** 400000 %}{% set b = 3 ** 200000 %}{% for i in range(9999) %}{% set y = a // b %}{% endfor %}",
+    ],
+)
+def test_the_clock_ends_what_the_budget_does_not(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_meter, "MAX_S", 0.2)
+    with pytest.raises(RequestError, match="was stopped"):
+        show(source, "x")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ [1, 2, 3] | sum }}{{ [{'a': 2}] | sum(attribute='a') }}", "62"),
+        ("{{ messages[0].content.strip() }}{{ ' a.b. ' | trim }}{{ '..a..' | trim('.') }}", "xa.b.a"),
+        ("{{ [3, 1] | sort | first }}{{ [1, 1] | unique | list | length }}{{ {'b': 1} | dictsort }}", "11[('b', 1)]"),
+        ("{{ [1] | tojson(separators=(',', ':')) }}{{ 'abc'.rfind('c') }}{{ 'a b'.rsplit(' ', 1)[1] }}", "[1]2b"),
+        ("{{ 1 is in [1] }}{{ 'A' is upper }}{{ 4 is divisibleby 2 }}{{ x is undefined }}", "TrueTrueTrueTrue"),
+        ("{{ ['A', 'b'] | select('upper') | list }}{{ [1, 2] | reject('eq', 1) | list }}", "['A'][2]"),
+    ],
+)  # fmt: skip
+def test_metered_filters_and_tests_do_what_jinja2_does(source: str, expected: str) -> None:
+    assert show(source, "x") == expected

@@ -1,15 +1,18 @@
 """Which tokenizer and which chat template a file and its folder give, whatever they are called; and what is refused."""
 
+import base64
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from kinds import Kind, write_json_bytes, write_tiktoken
+from kinds import Kind, gguf_of_sentencepiece, write_json_bytes, write_tiktoken
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_mp.chat_format import render_chat
 from llama_mp.errors import RequestError
-from llama_mp.tokenizer_files import kind_of, load_tokenizer, read_tokenizer
+from llama_mp.tokenizer_files import gguf_template, kind_of, load_tokenizer, read_tokenizer, tokenizer_from_gguf
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -128,3 +131,49 @@ def test_a_config_in_place_of_the_tokenizer_is_named(tmp_path: Path) -> None:
     path.write_text('{"bos_token": "<s>"}')
     with pytest.raises(RequestError, match=r"tokenizer_config.json: JSON, but no tokenizer.json"):
         load_tokenizer(path)
+
+
+# ---- what the fuzz test found ----------------------------------------------------------------------------------
+
+
+def test_pieces_that_are_no_texts(sentencepiece_file: Path, tmp_path: Path) -> None:
+    content = sentencepiece_file.read_bytes()
+    for text in (b"<t\xffol>", b"<t\0ol>"):
+        (tmp_path / "tokenizer.model").write_bytes(content.replace(b"<tool>", text, 1))
+        with pytest.raises(RequestError, match="pieces that are no texts"):
+            load_tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("template", [7, ["a"], "\udc80"])
+def test_a_template_in_gguf_that_is_no_text(template: object) -> None:
+    with pytest.raises(RequestError, match=r"tokenizer.chat_template of the GGUF file is not UTF-8 text"):
+        gguf_template({"tokenizer.chat_template": template})
+
+
+@pytest.mark.parametrize("key", ["add_bos_token", "add_space_prefix"])
+def test_a_switch_in_gguf_that_is_neither(sentencepiece_file: Path, key: str) -> None:
+    metadata = gguf_of_sentencepiece(sentencepiece_file)
+    with pytest.raises(RequestError, match=f"{key} is 'yes', but must be true or false"):
+        tokenizer_from_gguf(metadata | {f"tokenizer.ggml.{key}": "yes"})
+
+
+def test_tokens_of_endless_length(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.model"
+    single = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    file.write_bytes(single + base64.b64encode(b"a" * 3_000_000) + b" 256\n")
+    with pytest.raises(RequestError, match="a token of 3000000 bytes"):
+        load_tokenizer(file)
+    vocab = {"type": "BPE", "vocab": {"a" * 3_000_000: 0}, "merges": []}
+    pipeline = {"model": vocab, "added_tokens": [], "decoder": {"type": "ByteLevel"}}
+    file.write_text(json.dumps(pipeline))
+    with pytest.raises(RequestError, match="a token of 3000000 characters"):
+        load_tokenizer(file)
+
+
+def test_a_tokenizer_of_gigabytes(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.model"
+    for start in (b"\n\x0e\n\x05<unk>", b"{", b"YQ== 0\n"):
+        file.write_bytes(start)
+        os.truncate(file, 5 << 30)
+        with pytest.raises(RequestError, match=f"has {5 << 30} bytes, but no such file"):
+            load_tokenizer(file)

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from llama_mp.checkpoint.digests import OnProgress, Part, digests
-from llama_mp.checkpoint.fault import Fault
+from llama_mp.checkpoint.fault import Fault, without_path
 from llama_mp.checkpoint.manifest import size_of, unlisted
+from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 
 CHECKLIST = "checklist.chk"
 LINE = re.compile(r"([0-9a-fA-F]{32}) [ *]([^/\0]+)")
@@ -14,9 +16,11 @@ LINE = re.compile(r"([0-9a-fA-F]{32}) [ *]([^/\0]+)")
 def read_checklist(folder: Path) -> tuple[dict[str, str], list[Fault]]:
     """The MD5 by file name, and what is wrong with the list itself."""
     try:
-        text = (folder / CHECKLIST).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_small(folder / CHECKLIST).decode("utf-8")
+    except UnicodeDecodeError as error:
         return {}, [Fault(CHECKLIST, None, f"cannot be read: {error}")]
+    except RequestError as error:
+        return {}, [Fault(CHECKLIST, None, without_path(error, folder / CHECKLIST))]
     sums: dict[str, str] = {}
     faults = []
     for number, line in enumerate(text.splitlines(), start=1):

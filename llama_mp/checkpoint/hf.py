@@ -29,6 +29,7 @@ NAMES = {
 BLOCK_NAME = re.compile(r"model\.(layers\.\d+)\.(.+)")
 IGNORED = "rotary_emb.inv_freq"  # transformers below 4.31 kept the rotation frequencies; they follow from the config
 IN_HALVES = ("attention.wq.weight", "attention.wk.weight")
+MAX_HEADER_BYTES = 1 << 24  # 10,000 tensors have 1.5 MB
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -101,6 +102,7 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, as views of its mapping: none of their bytes is read yet.
 
     Raises RequestError for a file that is not whole, and for tensors that are not of a plain float type."""
+    check_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
             held = opened.keys()
@@ -110,9 +112,23 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
             if faults:
                 raise RequestError(f"{file}: {listed(faults)}, but only {', '.join(TYPES)} are read")
             return {name: opened.get_tensor(name) for name in names}
+    except MemoryError as error:
+        raise RequestError(f"{file} does not fit the address space: raise the limit (ulimit -v)") from error
     except (SafetensorError, OSError) as error:
+        raise RequestError(f"{file} is not a whole safetensors file ({error}); download it again") from error
+
+
+def check_header(file: Path) -> None:
+    """Raise RequestError where the length of the header, which stands before it, is no such length. The library would
+    believe 100 MB, and take a multiple of that for what is in them."""
+    try:
         with file.open("rb") as opened:
             head = opened.read(8)
-        # a header's length is small: eight bytes without a zero are the beginning of something else, such as a page
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read: {error.strerror}") from error
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > MAX_HEADER_BYTES:
+        # eight bytes without a zero are the beginning of something else, such as a page
         begins = f"; it begins with {head!r}" if b"\0" not in head else ""
-        raise RequestError(f"{file} is not a whole safetensors file ({error}{begins}); download it again") from error
+        fault = f"header too large: {length} bytes" if len(head) == 8 else "header too small"
+        raise RequestError(f"{file} is not a whole safetensors file ({fault}{begins}); download it again")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_mp.checkpoint.digests import OnProgress, Part, digest, digests
-from llama_mp.checkpoint.fault import WEIGHT_FILES, Fault
+from llama_mp.checkpoint.fault import WEIGHT_FILES, Fault, without_path
+from llama_mp.errors import RequestError
+from llama_mp.files import read_small
 
 MANIFEST = "manifest.json"
 HEX_SHA256 = re.compile("[0-9a-f]{64}")
@@ -66,10 +68,10 @@ def gaps(ranges: Iterable[tuple[int, int]], end: int) -> tuple[tuple[int, int], 
 def read_entries(folder: Path) -> tuple[dict[str, Entry], list[Fault]]:
     """The files that the manifest of `folder` describes, and what is wrong with the manifest itself."""
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        files = json.loads(read_small(folder / MANIFEST))["files"]
         listed = dict(files.items())
-    except OSError as error:
-        return {}, [Fault(MANIFEST, None, f"cannot be read: {error.strerror}")]
+    except RequestError as error:
+        return {}, [Fault(MANIFEST, None, without_path(error, folder / MANIFEST))]
     except (ValueError, RecursionError) as error:
         return {}, [Fault(MANIFEST, None, f"is not JSON: {error}")]
     except (KeyError, TypeError, AttributeError):

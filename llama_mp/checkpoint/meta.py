@@ -11,6 +11,7 @@ import torch
 
 from llama_mp.checkpoint.fault import DamagedError, Fault
 from llama_mp.checkpoint.source import listed
+from llama_mp.checkpoint.torch_file import read_pickle
 from llama_mp.config import ModelConfig
 from llama_mp.dtypes import narrowest
 from llama_mp.errors import RequestError
@@ -117,13 +118,17 @@ class MetaSource:
 
 def open_shard(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, memory-mapped. Raises RequestError for a file that is not whole, or runs code."""
-    with file.open("rb") as opened:
-        head = opened.read(len(ZIP_MAGIC))
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(len(ZIP_MAGIC))
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read: {error.strerror}") from error
     if head != ZIP_MAGIC:
         raise RequestError(
             f"{file} is no file of torch.save as of torch 1.6 or later (it begins with {head!r}): download it again, "
             "or load an older file that you trust and save it anew"
         )
+    read_pickle(file)
     try:
         loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -136,9 +141,20 @@ def open_shard(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, dict):
         raise RequestError(f"{file} holds a {type(loaded).__name__}, not a dictionary of tensors: not a LLaMA shard")
     for name, value in loaded.items():
-        if not isinstance(value, torch.Tensor) or value.dim() not in (1, 2):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.dim() not in (1, 2):
             raise RequestError(f"{file}: {name} is neither a vector nor a matrix: not a LLaMA shard")
+        if name not in IGNORED and not is_plain(value):
+            raise RequestError(f"{file}: {name} is not stored as plain numbers: not a LLaMA shard")
     return {name: tensor for name, tensor in loaded.items() if name not in IGNORED}
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether all elements are floats of the file: not fewer that strides repeat, nor none on the meta device."""
+    return (
+        tensor.dtype.is_floating_point
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def reason(error: Exception) -> str:

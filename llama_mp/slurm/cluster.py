@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from llama_mp.errors import RequestError
 
@@ -32,13 +33,16 @@ NEVER = re.compile(
     "PartitionConfig|Partition(Node|Time)Limit|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|"
     "AccountNotAllowed|QOSNotAllowed|Job's_(account|QOS)_not_.*|(Assoc|QOS)\\w*PerJob(Limit)?"
 )
+PATIENCE_S, RETRY_S = 900.0, 5.0  # with a controller that is being restarted
 JUDGED_S = 1.0  # how long a scheduler is given to look at a new job
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and who asks
+OPTIONS = {"TIMELIMIT": "time", "NO_REQUEUE": "requeue", "ARRAY_INX": "array", "MEM_PER_NODE": "mem"}  # SBATCH_*
 CONFUSED = "Unable to contact|Could not establish|communication|[Tt]imed out|Zero Bytes|Connection refused"
 UNKNOWN = "Invalid job id|Job \\S+ not found"
 # For what sbatch says, or the reason of a job that would never start: which flag of ours is meant.
 REMEDIES = {
     CONFUSED: "run it on a node of the cluster, a login node for one, and see whether `scontrol ping` answers",
+    "presently disabled": "leave --no-requeue out of the site file, and see JobRequeue in `scontrol show config`",
     "policy": "a limit of yours stands against it: `sacctmgr show assoc user=$USER` and `sacctmgr show qos` list them",
     "time ?limit|WallDuration": "lower --time, or give a --partition that allows it: `sinfo -o '%P %l'` shows limits",
     "partition name|partition specified|partition not": "give one of these as --partition: {partitions}",
@@ -49,6 +53,8 @@ REMEDIES = {
     ".*": "lower --nodes, --gpus_per_node, --cpus_per_node, --mem_gib or --time, or give another --partition: "
     "`sinfo -o '%P %D %c %m %G %l'` shows what there is",
 }
+
+T = TypeVar("T")
 
 
 class Unreachable(RequestError):
@@ -107,9 +113,10 @@ def check_parent(id: str) -> None:
         raise RequestError(f"--after {id}: {error}") from error
     for job in jobs:
         if job.never_starts or (job.is_over and job.state != "COMPLETED"):
+            fate = f"will never start ({job.reason})" if job.never_starts else f"has failed ({job.state})"
             raise RequestError(
-                f"--after {id}: job {job.id} has failed ({job.state}), so this one would never run; submit that one "
-                "again first, or leave --after out if what it was to do is done"
+                f"--after {id}: job {job.id} {fate}, so this one would never run; submit that one again first, or "
+                "leave --after out if what it was to do is done"
             )
 
 
@@ -235,8 +242,10 @@ def call(*command: str, text: str = "") -> str:
     """The stdout of one of SLURM's commands. Raises RequestError with what it said, and the remedy.
 
     What it says besides (a site's own advice) goes to stderr. It does not see the variables of a job in which we may be
-    running: sbatch would hand them on, and SLURM_TIME_FORMAT would change what is read."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in KEPT}
+    running: sbatch would hand them on, and SLURM_TIME_FORMAT would change what is read. Nor does it see a user's own
+    defaults (SBATCH_PARTITION) for what the script in `text` says: to sbatch they would count for more."""
+    options = set(re.findall("^#SBATCH --([a-z-]+)", text, re.MULTILINE))
+    env = {name: value for name, value in os.environ.items() if is_for_us(name, options)}
     try:
         done = subprocess.run(command, input=text, capture_output=True, env=env, encoding="utf-8", errors="replace")
     except FileNotFoundError as error:
@@ -250,6 +259,29 @@ def call(*command: str, text: str = "") -> str:
         raise kind(f"{command[0]}: {said}; {remedy(said)}")
     print(done.stderr, end="", file=sys.stderr)
     return done.stdout
+
+
+def is_for_us(name: str, options: Container[str]) -> bool:
+    """Whether a command is to see the variable `name`, when its script gives `options`."""
+    kind, _, word = name.partition("_")
+    if kind == "SBATCH":
+        return OPTIONS.get(word, word.lower().replace("_", "-")) not in options
+    return kind != "SLURM" or name in KEPT
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask` returns, asked again while the controller does not answer. Raises what else `ask` raises."""
+    end, told = time.monotonic() + PATIENCE_S, False
+    while True:
+        try:
+            return ask()
+        except Unreachable as error:
+            if time.monotonic() > end:
+                raise
+            if not told:
+                print(f"{error}; asking again for {PATIENCE_S / 60:.0f} minutes", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(RETRY_S)
 
 
 def spoken(stderr: str) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from llama_mp.batch import InferFlags
 from llama_mp.bench import BenchFlags
+from llama_mp.config import MAX_GIB
 from llama_mp.errors import RequestError
 from llama_mp.flags import REQUIRED, Flags, check_at_least, flag
 from llama_mp.reshard_request import ReshardFlags
@@ -48,6 +49,8 @@ class ClusterConfig(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, cpus_per_node=1, mem_gib=0.1, max_restarts=0)
+        if self.mem_gib is not None and self.mem_gib > MAX_GIB:
+            raise RequestError(f"--mem_gib is {self.mem_gib:g}, but must be at most {MAX_GIB}")
         if self.after is not None and not re.fullmatch(r"[0-9]+(_[0-9]+)?", self.after):
             raise RequestError(f"--after is {self.after!r}, but must be a job's id, such as 12, or 12_3 of an array")
         if self.time is not None:

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from llama_mp.errors import BAD_REQUEST, RequestError, RunError, counted
+from llama_mp.parts import Parts
 from llama_mp.slurm import cluster
-from llama_mp.slurm.cluster import JobRecord, Unreachable
-from llama_mp.status import read_status, status_path
+from llama_mp.slurm.cluster import JobRecord
+from llama_mp.status import counted_anew, read_status, status_path
 
 SUPERVISOR = " -m llama_mp.slurm.supervisor "
 ERROR = re.compile(r"^(?:[0-9]+: )?error: (.*)$", re.MULTILINE)  # srun --label puts the task's number first
 TAIL_BYTES = 1 << 18  # of a log: where its last error is looked for
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
-PATIENCE_S = 900.0  # for a controller that is being restarted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,14 @@ class Answers:
 
     def status(self, task: str) -> dict[str, Any] | None:
         """How far the job is, or the one task of its array; None while nothing is known of that."""
-        if self.num_tasks is None:
-            return read_status(status_path(self.output, None))
-        return read_status(status_path(self.output, (int(task), self.num_tasks))) if task.isdigit() else None
+        if self.num_tasks is not None and not task.isdigit():
+            return None
+        share = None if self.num_tasks is None else (int(task), self.num_tasks)
+        found = read_status(status_path(self.output, share))
+        if found is None:
+            return None
+        job = found["job"] if share is None else f"{found['job']}_{task}"
+        return counted_anew(found, Parts(self.output), f"{job}-{found['attempt']}")
 
     def total(self) -> str:
         """How many prompts are finished, over all tasks; empty while nothing is known of that."""
@@ -173,7 +178,7 @@ def wait(id: str) -> None:
     pause_s = FIRST_WAIT_S
     try:
         while True:
-            jobs = patiently(id)
+            jobs = cluster.patiently(lambda: cluster.jobs_of(id))
             tell(jobs, told)
             if all(job.is_over or job.never_starts for job in jobs):
                 break
@@ -185,22 +190,6 @@ def wait(id: str) -> None:
     if failed := [job for job in jobs if job.state != "COMPLETED"]:
         kind = RequestError if failed[0].code == BAD_REQUEST else RunError
         raise kind(cause(failed[0]))
-
-
-def patiently(id: str) -> list[JobRecord]:
-    """The job's records, also from a controller that does not answer for a while."""
-    end = time.monotonic() + PATIENCE_S
-    told = False
-    while True:
-        try:
-            return cluster.jobs_of(id)
-        except Unreachable as error:
-            if time.monotonic() > end:
-                raise
-            if not told:
-                print(f"{error}; asking again for {PATIENCE_S / 60:.0f} minutes", file=sys.stderr)
-            told = True
-            time.sleep(LONGEST_WAIT_S)
 
 
 def tell(jobs: Sequence[JobRecord], told: dict[str, str]) -> None:

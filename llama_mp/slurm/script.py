@@ -56,7 +56,11 @@ def render(job: Job) -> str:
     lines = ["#!/bin/bash", f"# {shell(['python', *job.source])}"]
     lines += [directive(name, value) for name, value in own.items()]
     lines += [further(option, own) for option in job.options]
-    lines += ["", "set -eo pipefail  # without -u: modules and activation scripts read unset variables", *job.setup]
+    lines += ["", "set -eo pipefail  # without -u: modules and activation scripts read unset variables"]
+    lines += [
+        "trap '' USR1  # until the supervisor listens: a script that dies of a preemption's signal is not requeued",
+        *job.setup,
+    ]
     if job.interface is not None:
         name = shlex.quote(job.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")

@@ -8,6 +8,7 @@ finished before it. A user's scancel, and what SLURM requeues by itself, are lef
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -24,10 +25,11 @@ from typing import IO, Literal, NamedTuple
 
 from llama_mp import cli
 from llama_mp.attempt import ATTEMPT, SHARE, Attempt
-from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, RunError, counted
+from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, RunError
 from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.parts import Parts
-from llama_mp.status import read_status, status_path, write_status
+from llama_mp.slurm.own_job import Now, address_of, names_of, now, requeue
+from llama_mp.status import counted_anew, read_status, status_path, write_status
 
 STOP_S = 5.0  # for the step to end by itself; requeueing ends it in any case
 KILLED_S = 120.0  # for SLURM to end this process, once it has requeued the job
@@ -35,8 +37,7 @@ NEAR_S = 300.0  # a signal that comes so near the time limit was sent because of
 POLL_S = 0.1
 ENDED_BY_US = 128 + signal.SIGTERM
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below those that the kernel gives to clients
-ALIVE = ("RUNNING", "SIGNALING")  # the second while a signal is on its way
-TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\-]+: (?:Exited with exit code (\d+))?")
+TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\-]+: (Exited with exit code (\d+)|.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class SupervisorFlags(Flags):
 class Job(NamedTuple):
     """This attempt of a job, as SLURM's environment tells of it."""
 
-    id: str  # what scontrol calls it: an array's task has one of its own
+    id: str  # "12", "12_7": of an array's tasks one has the number of the array, by which scontrol means them all
+    number: int  # no other job's, nor another task's
     attempt: str  # "12-0", "12_3-1": the job or the task of an array, and how often it was requeued
     share: str | None  # "3/8": of an array's task
     nodes: list[str]
@@ -60,24 +62,25 @@ class Job(NamedTuple):
 
 
 def job_of(environment: Mapping[str, str], nodes: Sequence[str]) -> Job:
-    id, count = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
-    name, share = id, None
+    id, share = environment["SLURM_JOB_ID"], None
+    number = int(id)
     if "SLURM_ARRAY_TASK_ID" in environment:
         first, step = (int(environment[f"SLURM_ARRAY_TASK_{word}"]) for word in ("MIN", "STEP"))
         task, num_tasks = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
-        name, index = f"{environment['SLURM_ARRAY_JOB_ID']}_{task}", (task - first) // step
+        id, index = f"{environment['SLURM_ARRAY_JOB_ID']}_{task}", (task - first) // step
         if index >= num_tasks:
             raise RequestError(
                 "the array has gaps, so that no task would answer a part of the prompts: use --array=0-N"
             )
         share = f"{index}/{num_tasks}"
-    return Job(id, f"{name}-{count}", share, list(nodes), environment.get("SLURM_CPUS_PER_TASK"))
+    attempt = f"{id}-{environment.get('SLURM_RESTART_COUNT', '0')}"
+    return Job(id, number, attempt, share, list(nodes), environment.get("SLURM_CPUS_PER_TASK"))
 
 
 def step_environment(job: Job, address: str) -> dict[str, str]:
     """What the step's processes find beside SLURM's own variables."""
-    id, restarts = re.match(r"(\d+).*-(\d+)", job.attempt).groups()
-    port = FIRST_PORT + (int(id) + 7919 * int(restarts)) % NUM_PORTS  # another one after a restart: it may be taken
+    restarts = Attempt.of(job.attempt, job.share).number
+    port = FIRST_PORT + (job.number + 7919 * restarts) % NUM_PORTS  # another one after a restart: it may be taken
     variables = {NODES: ",".join(job.nodes), ATTEMPT: job.attempt}
     variables |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     return variables | ({SHARE: job.share} if job.share else {})
@@ -87,46 +90,10 @@ def step_command(job: Job, command: Sequence[str]) -> list[str]:
     """srun's: a task on each node; the first that fails ends them all."""
     num_nodes = len(job.nodes)
     options = [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    options += ["--mpi=none", "--input=none"]
+    # --export: at sites whose jobs inherit nothing (SBATCH_EXPORT=NONE) the step would not learn who it is.
+    options += ["--mpi=none", "--input=none", "--export=ALL"]
     options += [f"--cpus-per-task={job.cpus}"] if job.cpus else []  # a step inherits it no more since SLURM 22.05
     return ["srun", *options, *command]
-
-
-# ---- what SLURM tells --------------------------------------------------------------------------------------------
-
-
-def scontrol(*words: str) -> str:
-    """What the command prints. Raises RunError when it fails."""
-    done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"scontrol {' '.join(words)}: {done.stderr.strip() or 'failed'}")
-    return done.stdout
-
-
-def address_of(node: str) -> str:
-    """Where the node is reached, as SLURM itself does. Raises RunError: each node by itself would be no answer."""
-    found = re.search(r"\bNodeAddr=(\S+)", scontrol("show", "node", "-o", node))
-    if not found:
-        raise RunError(f"SLURM knows no address of node {node}: see scontrol show node {node}")
-    return found[1]
-
-
-class Now(NamedTuple):
-    """The state of the job at a moment."""
-
-    state: str
-    restarts: int
-    is_preempted: bool
-    left_s: float  # until its time limit, or the end of its grace
-
-
-def now(job: Job) -> Now:
-    told = dict(re.findall(r"\b(JobState|Restarts|PreemptTime|EndTime)=(\S+)", scontrol("show", "job", "-o", job.id)))
-    try:
-        left_s = time.mktime(time.strptime(told.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")) - time.time()
-    except ValueError:  # Unknown: no limit
-        left_s = float("inf")
-    return Now(told["JobState"], int(told["Restarts"]), told.get("PreemptTime", "None") != "None", left_s)
 
 
 # ---- the step ----------------------------------------------------------------------------------------------------
@@ -138,6 +105,7 @@ class Step:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.error: str | None = None  # the first `error: ` line
         self.code: int | None = None  # of the first task that failed
+        self.end = "the step failed"  # what srun says of that
         self.process = subprocess.Popen(
             command, env=os.environ | environment, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -146,10 +114,9 @@ class Step:
 
     def read(self, lines: IO[str]) -> None:
         for line in lines:
-            if line.startswith("error: ") and self.error is None:
-                self.error = line.removeprefix("error: ").strip()
+            self.error = self.error or error_in(line)
             if self.code is None and (ended := TASK_ENDED.match(line)):
-                self.code = int(ended[2] or RUN_FAILED)
+                self.code, self.end = int(ended[3] or RUN_FAILED), f"node {ended[1]}: {ended[2]}"
             sys.stderr.write(line)
             sys.stderr.flush()
 
@@ -166,6 +133,16 @@ class Step:
         self.reader.join(STOP_S)
         code = self.process.returncode
         return self.code or (code if code >= 0 else 128 - code)
+
+
+def error_in(line: str) -> str | None:
+    """The text of an error that a rank tells, plainly or with --log_json."""
+    if line.startswith("error: "):
+        return line.removeprefix("error: ").strip()
+    if line.startswith('{"time": ') and '"kind": "error"' in line:
+        with contextlib.suppress(ValueError):
+            return json.loads(line)["text"]
+    return None
 
 
 # ---- what follows ------------------------------------------------------------------------------------------------
@@ -198,24 +175,25 @@ def next_move(end: End, restarts: int, max_restarts: int) -> Move:
     if not end.stopped and not end.has_grown:
         return Move(False, restarts, f"{how} before anything was finished: it would fail again")
     if restarts >= max_restarts:
-        return Move(False, restarts, f"{how}, after {counted(restarts, 'restart')} for such ends: --max_restarts")
+        return Move(False, restarts, f"{how}; --max_restarts {max_restarts} allows no more")
     return Move(True, restarts + 1, how)
 
 
 class Progress:
-    """How far the verb has come, by OUTPUT.status and the parts: it could not say so itself if it was killed."""
+    """How far the verb has come, by OUTPUT.status and the parts."""
 
     def __init__(self, output: Path | None, attempt: Attempt) -> None:
         self.path = output and status_path(output, attempt.share)
+        self.restarts = 0 if output else attempt.number  # where nothing is kept of how it was restarted: all count
         # The last task of an array replaces those of all tasks by one of the whole.
         found = read_status(self.path) or read_status(status_path(output, None)) if output else None
         mine = found is not None and found.get("job") == attempt.job
-        self.restarts = found["restarts"] if mine else 0
-        begun = {"job": attempt.job, "attempt": attempt.number, "done": 0, "done_before": 0, "all": None}
+        known = found if mine else {"job": attempt.job, "done": 0, "all": None}
+        self.restarts = found["restarts"] if mine else self.restarts
+        begun = known | {"attempt": attempt.number, "done_before": known["done"]}
         self.status = found if mine and found["attempt"] == attempt.number else begun
         if output:
-            kept = self.status["done_before"] + len(Parts(output).ids_of(attempt.name))
-            self.status["done"] = max(kept, self.status["done"])
+            self.status = counted_anew(self.status, Parts(output), attempt.name)
         self.has_grown = self.status["done"] > self.status["done_before"]
 
     def __str__(self) -> str:
@@ -242,36 +220,51 @@ class Supervisor:
         """The job's exit code, unless SLURM ends this process because the job is requeued."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self.note_signal)
-        nodes = scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        nodes = names_of(os.environ["SLURM_JOB_NODELIST"])
         job = job_of(os.environ, nodes)
         say(f"attempt {job.attempt} on {', '.join(nodes)}: {shlex.join(self.command)}")
         step = Step(step_command(job, self.command), step_environment(job, address_of(nodes[0])))
         code = step.wait(lambda: bool(self.signals))
-        state, attempt = now(job), Attempt.of(job.attempt, job.share)
-        # Cancelled, or requeued already; or this node was thought lost, and the job runs again without it.
-        if code != DONE and (state.state not in ALIVE or state.restarts != attempt.number):
+        attempt = Attempt.of(job.attempt, job.share)
+        state = None if code == DONE else now(job.id)  # what is done is done, whether the controller answers or not
+        if state and not state.is_of(attempt.number):
             say(f"attempt {job.attempt} was ended by SLURM: {state.state}")
             return code
+        stopped = state and self.how_stopped(state)
+        if code != DONE and not stopped and step.error is None:  # a process that is killed cannot say so
+            step.error = f"{step.end}; nothing there could say why: it ran out of memory, or somebody ended it"
+            say(f"error: {step.error}")
         progress = Progress(self.flags.output, attempt)
-        end = End(code, self.how_stopped(state), progress.has_grown)
-        move = next_move(end, progress.restarts, self.flags.max_restarts)
+        move = next_move(End(code, stopped, progress.has_grown), progress.restarts, self.flags.max_restarts)
         progress.save(code, move, step.error)
         say(f"attempt {job.attempt} {move.why} {progress}{': requeued' if move.requeues else ''}".rstrip())
-        return requeue(job) if move.requeues else code
+        if move.requeues:
+            try:
+                self.requeue(job.id)
+            except RunError as refusal:
+                say(f"attempt {job.attempt} is not requeued after all: {refusal}")
+                progress.save(code, move._replace(requeues=False), step.error)
+        return code
+
+    def requeue(self, id: str) -> None:
+        """Have SLURM start the job again, and wait until it ends this one: to go at its first signal spares the node
+        the time until its second. Raises RunError when it will not."""
+        num_before = len(self.signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # scontrol inherits that: it is to have its answer
+        try:
+            requeue(id)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        deadline = time.monotonic() + KILLED_S
+        while signal.SIGTERM not in self.signals[num_before:] and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def how_stopped(self, state: Now) -> str | None:
+        if state.is_preempted:  # said by a signal to us, or, as sites have it, to the step alone
+            return "by preemption"
         if not self.signals:
             return None
-        if state.is_preempted:
-            return "by preemption"
         return "at the time limit" if state.left_s < NEAR_S else "by a signal"
-
-
-def requeue(job: Job) -> int:
-    """Have SLURM start the job again; it then ends this process."""
-    scontrol("requeue", job.id)
-    time.sleep(KILLED_S)
-    return RUN_FAILED
 
 
 def say(text: str) -> None:
