@@ -25,6 +25,7 @@ BEAT_S = 1.0
 BACKSTOP_S = 2.0  # beyond the limit, in which the rank's own thread may say it better
 NOTICED_S = 3.0  # a rank silent for so long is suspected once something else has failed
 DYING_S = 0.5
+MEETING_S = 30.0  # for ranks of a busy machine to connect with each other, however short --step_timeout is
 START_S = 600.0  # for torch to be imported from a slow network disk
 LEAVE_S, LEADER_LEAVES_S = 1.0, 5.0  # for a rank that is ended, to do what it has to do
 TERMINATED = 128 + signal.SIGTERM
@@ -71,12 +72,13 @@ def collective(name: str) -> Iterator[None]:
 
 
 class Pulse(threading.Thread):
-    """This rank's beats, and its ear for those of the others. `store` is used by this thread alone: one that waits in
-    it keeps all others of its process out."""
+    """This rank's beats, and its ear for those of the others. Who waits in the `store` keeps all other threads of its
+    process out, this one too: only the forming of groups does, until `meeting_is_over`."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, limit_s: float) -> None:
         super().__init__(daemon=True)
-        self.store, self.rank, self.size, self.limit_s = store, rank, size, limit_s
+        self.store, self.rank, self.size = store, rank, size
+        self.step_timeout_s, self.limit_s = limit_s, max(limit_s, MEETING_S)
         self.others = [other for other in range(size) if other != rank]
         self.known: dict[int, Whereabouts] = {}
         self.heard_s = dict.fromkeys(self.others, time.monotonic())
@@ -108,7 +110,7 @@ class Pulse(threading.Thread):
 
     def woken(self) -> int:
         """Wait for the time of a beat, or until a signal comes: its number, else 0."""
-        ready, _, _ = select.select([self.wake], [], [], min(BEAT_S, self.limit_s / 5))
+        ready, _, _ = select.select([self.wake], [], [], min(BEAT_S, self.step_timeout_s / 5))
         return os.read(self.wake, 1)[0] if ready else 0
 
     def beat(self) -> None:
@@ -125,6 +127,11 @@ class Pulse(threading.Thread):
             if other not in self.known or found.beat != self.known[other].beat:
                 self.heard_s[other] = time.monotonic()
             self.known[other] = found
+
+    def meeting_is_over(self) -> None:
+        """From here on a rank is silent after the step timeout."""
+        self.heard_s = dict.fromkeys(self.others, time.monotonic())
+        self.limit_s = self.step_timeout_s
 
     def stop(self) -> None:
         self.is_over = True

@@ -21,12 +21,11 @@ from llama_mp import errors, shared_memory
 from llama_mp.config import RunConfig
 from llama_mp.cores import cores_at_hand
 from llama_mp.errors import LostContact, RequestError
-from llama_mp.liveness import Pulse, collective, here
+from llama_mp.liveness import MEETING_S, Pulse, collective, here
 from llama_mp.machine import choose_device, return_freed_memory, threads_per_rank, unused_gpu
 from llama_mp.pinning import pin, read_places, shares
 from llama_mp.world import SETUP_TIMEOUT, World, is_first_to_speak
 
-MEETING_S = 30.0  # for ranks of a busy machine to connect with each other, however short --step_timeout is
 NCCL_LATER_S = 10.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -53,12 +52,11 @@ def connect(run: RunConfig) -> World:
     return_freed_memory()
     store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
     # torchrun's store outlives this world: the next one of the same ranks must not read what this one said.
-    name = f"llama_mp/{store.add(f'llama_mp/worlds_of/{rank}', 1)}"
-    store = dist.PrefixStore(name, store)
+    store = dist.PrefixStore(f"llama_mp/{store.add(f'llama_mp/worlds_of/{rank}', 1)}", store)
     world = World(rank=rank, size=size, device=torch.device("cpu"), store=store, local_size=local_size)
     if size > 1:
         errors.set_speaker(lambda: is_first_to_speak(store, rank))
-        world.pulse = start_pulse(name, rank, size, run.step_timeout)
+        world.pulse = start_pulse(store, rank, size, run.step_timeout)
     form_control_group(world, timedelta(seconds=max(run.step_timeout, MEETING_S)))
     with world.together():
         world.device = choose_device(run.device, local_rank, local_size)
@@ -66,13 +64,13 @@ def connect(run: RunConfig) -> World:
         errors.say(note)
     world.agree("device", world.device.type, "give --device cpu, or start ranks on machines with GPUs alone")
     form_model_parallel_group(world, run.step_timeout)
+    if world.pulse:
+        world.pulse.meeting_is_over()
     return world
 
 
-def start_pulse(name: str, rank: int, size: int, limit_s: float) -> Pulse:
-    """Over a connection of its own to the store."""
-    own = dist.PrefixStore(name, next(dist.rendezvous("env://"))[0])
-    pulse = Pulse(own, rank, size, limit_s)
+def start_pulse(store: dist.Store, rank: int, size: int, limit_s: float) -> Pulse:
+    pulse = Pulse(store, rank, size, limit_s)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         pulse.hear_signals()
     pulse.start()

