@@ -81,7 +81,7 @@ class Pulse(threading.Thread):
         self.step_timeout_s, self.limit_s = limit_s, max(limit_s, MEETING_S)
         self.others = [other for other in range(size) if other != rank]
         self.known: dict[int, Whereabouts] = {}
-        self.heard_s = dict.fromkeys(self.others, time.monotonic())
+        self.heard_s, self.beaten_s = dict.fromkeys(self.others, time.monotonic()), time.monotonic()
         self.oom_kills = deaths.num_oom_kills()
         self.is_over = False
         self.wake, self.waker = os.pipe()
@@ -114,15 +114,17 @@ class Pulse(threading.Thread):
         return os.read(self.wake, 1)[0] if ready else 0
 
     def beat(self) -> None:
+        if self.was_away():  # suspended, and the others with it: they are given their time anew
+            self.heard_s = dict.fromkeys(self.others, time.monotonic())
+        self.beaten_s = time.monotonic()
         here.beat += 1
         self.store.set(f"pulse/{self.rank}", json.dumps(asdict(here)))
 
     def listen(self) -> None:
-        keys = [f"pulse/{other}" for other in self.others]
-        there = [(other, key) for other, key in zip(self.others, keys, strict=True) if self.store.check([key])]
-        for (other, _), told in zip(
-            there, self.store.multi_get([key for _, key in there]) if there else [], strict=True
-        ):
+        heard = {other for other, at in self.known.items() if at.beat}
+        there = [other for other in self.others if other in heard or self.store.check([f"pulse/{other}"])]
+        said = self.store.multi_get([f"pulse/{other}" for other in there]) if there else []
+        for other, told in zip(there, said, strict=True):
             found = Whereabouts(**json.loads(told))
             if other not in self.known or found.beat != self.known[other].beat:
                 self.heard_s[other] = time.monotonic()
@@ -152,8 +154,14 @@ class Pulse(threading.Thread):
 
     # ---- judging -------------------------------------------------------------------------------------------------
 
+    def was_away(self) -> bool:
+        """Whether this rank itself did not beat for a while, so that it cannot tell of others."""
+        return time.monotonic() - self.beaten_s > NOTICED_S
+
     def silent(self, limit_s: float) -> list[int]:
         """Ranks that have not been heard for so long. One that has never been is still starting, and has more time."""
+        if self.was_away():
+            return []
         now = time.monotonic()
         return [
             other

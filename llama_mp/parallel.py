@@ -8,6 +8,7 @@ world needs neither network nor port.
 import contextlib
 import io
 import os
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -71,8 +72,8 @@ def connect(run: RunConfig) -> World:
 
 def start_pulse(store: dist.Store, rank: int, size: int, limit_s: float) -> Pulse:
     pulse = Pulse(store, rank, size, limit_s)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        pulse.hear_signals()
+    if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        pulse.hear_signals()  # which Python allows to the main thread alone
     pulse.start()
     return pulse
 

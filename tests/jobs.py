@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -291,6 +292,18 @@ def patient(limit: float, pause: float, heart_stops: bool) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         world.close()
+
+
+def suspended(limit: float, seconds: float) -> list[str]:
+    """All ranks are stopped for a while, as SLURM or a container's host may have it, and go on."""
+    world = connect(RunConfig(device="cpu", step_timeout=limit))
+    world.gather("all are heard")
+    subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep {seconds}; kill -CONT {os.getpid()}"])
+    time.sleep(seconds + 1)
+    told = [world.tell("hello" if world.is_leader else None)]
+    world.gather("nobody needs the store any more")
+    world.close()
+    return told
 
 
 def slow_leader(step_timeout: float, pause: float) -> list[Any]:

@@ -69,6 +69,10 @@ def test_the_others_leave_when_the_heart_of_rank_0_stands_still(ranks: Ranks) ->
     assert any("did not answer for" in told for _, told in others)  # for the second it may be one that died
 
 
+def test_ranks_that_were_suspended_together_do_not_take_each_other_for_lost(ranks: Ranks) -> None:
+    assert ranks.run(2, jobs.suspended, limit=1.5, seconds=5.0) == [["hello"]] * 2
+
+
 def test_ranks_that_hear_different_tokens_are_named_with_the_step(ranks: Ranks, tiny: Path) -> None:
     seen = ranks.run(3, jobs.misheard, path=tiny, tokenizer=tiny / "tokenizer.model")
     assert all(
