@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 
+from llama_mp.deaths import num_oom_kills
 from llama_mp.errors import BAD_REQUEST, INTERRUPTED, LAUNCHED, RUN_FAILED, RequestError, RunError, set_speaker
 from llama_mp.slurm.roll_call import Step, call_roll
 
@@ -89,25 +90,29 @@ def launch(ranks: int) -> int:
     logging.disable()  # all of it: torch's loggers have levels of their own, and this process does nothing else
     arguments = [argument.replace("$", "$$") for argument in sys.argv]  # torchrun reads them as string.Template
     command = [*rendezvous(ranks), *arguments]
+    oom_kills = num_oom_kills()
     said = os.memfd_create("llama-mp-said")  # gone with this process, whatever ends it
     os.environ[LAUNCHED] = f"/proc/{os.getpid()}/fd/{said}"
     leave_at_the_second_interrupt()
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError as error:
-        return code_of(error, is_said=os.fstat(said).st_size > 0)
+        return code_of(error, is_said=os.fstat(said).st_size > 0, oom_kills=oom_kills)
     except SignalException as error:
         return INTERRUPTED if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
 
 
-def code_of(error: "ChildFailedError", *, is_said: bool) -> int:  # noqa: F821  torch is imported in `launch` alone
+def code_of(error: "ChildFailedError", *, is_said: bool, oom_kills: int) -> int:  # noqa: F821  torch is in `launch`
     """The exit code of the rank that failed first. Raises RunError when a signal killed it, unless another rank has
-    said why: it ends ranks that do not answer."""
+    said why: it ends ranks that do not answer. `oom_kills`: the kernel's count before the ranks began."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0 and not is_said:
         name, step = signal.Signals(-failure.exitcode).name, Step.of_environment()
         place = f"rank {rank} on {step.name}" if step else f"rank {rank}"
         set_speaker(lambda: True)  # of all nodes only this one knows
-        raise RunError(f"{place} was killed by {name}{KILLED_BY.get(name, '; see the output above, if any')}")
+        why = KILLED_BY.get(name, "; see the output above, if any")
+        if name == "SIGKILL" and num_oom_kills() > oom_kills:
+            why = ": the kernel ended it, out of memory; start more ranks, or lower --max_batch_size, --max_seq_len"
+        raise RunError(f"{place} was killed by {name}{why}")
     return failure.exitcode if failure.exitcode in (BAD_REQUEST, INTERRUPTED) else RUN_FAILED
