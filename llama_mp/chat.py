@@ -1,7 +1,6 @@
 """A conversation at the terminal: questions and commands in, answers out as they come. Rank 0 alone holds one."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from llama_mp.answer import Answer, Codec
 from llama_mp.config import DrawingConfig, RunConfig, SamplingConfig
 from llama_mp.conversation import Conversation, Message
-from llama_mp.errors import RequestError, counted, did_you_mean
+from llama_mp.errors import RequestError, counted, did_you_mean, say
 from llama_mp.flags import flag
 from llama_mp.locate import Checkpoint
 from llama_mp.prompts import Prompt
@@ -107,7 +106,3 @@ class Chat:
                     print(answer.advance(), end="")
             print(flush=True)
         self.conversation.answer(answer.text)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
-"""What the kernel tells of a process that is gone or does not move: whether it was out of memory, stopped, or waits."""
+"""What is known of a process by its host, its number and its birth; and what the kernel tells of one that is gone or
+does not move: whether it was out of memory, stopped, or waits."""
 
 import os
+import socket
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -18,6 +20,11 @@ def num_oom_kills() -> int:
     files = [CGROUPS / folder / "memory.events" for folder in ["", *own]] + [PROC / "vmstat"]
     fields = [line.split() for file in files if file.is_file() for line in file.read_text().splitlines()]
     return sum(int(words[1]) for words in fields if words[0] == "oom_kill")
+
+
+def own_host() -> str:
+    """What this host is called among those of a run: SLURM's name of the node, where one machine may play several."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def born(pid: int) -> str:

@@ -5,7 +5,6 @@ What was found before a rank fell silent is reported all the same, by the first 
 
 import os
 import resource
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,8 +75,7 @@ def diagnose(ward: Ward, wanted: str) -> Findings:
 
 def meet(ward: Ward, found: Findings) -> None:
     def introduce() -> Patient:
-        host, pid = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), os.getpid()
-        return Patient(host, pid, deaths.born(pid))
+        return Patient(deaths.own_host(), os.getpid(), deaths.born(os.getpid()))
 
     told = ward.together("the ranks' start", introduce, max(START_S, ward.limit_s))
     ward.patients = [Patient(*one.result) for one in told.values()]

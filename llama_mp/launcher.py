@@ -70,9 +70,9 @@ def leave_at_the_second_interrupt() -> None:
 
 def rendezvous(ranks: int) -> list[str]:
     """torchrun's flags for this node's share of `ranks`: alone on a free port, or with the other nodes of a job."""
-    step = Step.of_environment()
-    if step is None or len(step.nodes) == 1:
+    if is_alone():
         return ["--standalone", f"--nproc_per_node={ranks}"]
+    step = Step.of_environment()
     share, port = step.share_of(ranks), call_roll(step, ranks)
     place = [f"--nnodes={len(step.nodes)}", f"--node_rank={step.index}", f"--nproc_per_node={share}"]
     return [*place, f"--master_addr={step.address}", f"--master_port={port}"]

@@ -10,7 +10,6 @@ import json
 import os
 import select
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -86,7 +85,7 @@ class Pulse(threading.Thread):
         self.is_over = False
         self.wake, self.waker = os.pipe()
         self.num_interrupts = 0
-        host, pid = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), os.getpid()
+        host, pid = deaths.own_host(), os.getpid()
         vars(here).update(vars(Whereabouts(host=host, pid=pid, born=deaths.born(pid))))
         errors.set_place(lambda: f"rank {rank} on {host}, in {here}")
 

@@ -25,7 +25,7 @@ from typing import IO, Literal, NamedTuple
 
 from llama_mp import cli
 from llama_mp.attempt import ATTEMPT, SHARE, Attempt
-from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, RunError
+from llama_mp.errors import BAD_REQUEST, DONE, NODES, RUN_FAILED, RequestError, RunError, say
 from llama_mp.flags import Flags, check_at_least, flag
 from llama_mp.parts import Parts
 from llama_mp.slurm.own_job import Now, address_of, names_of, now, requeue
@@ -184,12 +184,12 @@ class Progress:
 
     def __init__(self, output: Path | None, attempt: Attempt) -> None:
         self.path = output and status_path(output, attempt.share)
-        self.restarts = 0 if output else attempt.number  # where nothing is kept of how it was restarted: all count
         # The last task of an array replaces those of all tasks by one of the whole.
         found = read_status(self.path) or read_status(status_path(output, None)) if output else None
         mine = found is not None and found.get("job") == attempt.job
         known = found if mine else {"job": attempt.job, "done": 0, "all": None}
-        self.restarts = found["restarts"] if mine else self.restarts
+        # Without an output nothing is kept of how the job was restarted: all count.
+        self.restarts = found["restarts"] if mine else 0 if output else attempt.number
         begun = known | {"attempt": attempt.number, "done_before": known["done"]}
         self.status = found if mine and found["attempt"] == attempt.number else begun
         if output:
@@ -233,7 +233,7 @@ class Supervisor:
         stopped = state and self.how_stopped(state)
         if code != DONE and not stopped and step.error is None:  # a process that is killed cannot say so
             step.error = f"{step.end}; nothing there could say why: it ran out of memory, or somebody ended it"
-            say(f"error: {step.error}")
+            say(step.error, "error")
         progress = Progress(self.flags.output, attempt)
         move = next_move(End(code, stopped, progress.has_grown), progress.restarts, self.flags.max_restarts)
         progress.save(code, move, step.error)
@@ -265,10 +265,6 @@ class Supervisor:
         if not self.signals:
             return None
         return "at the time limit" if state.left_s < NEAR_S else "by a signal"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
