@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from llama_mp import liveness
 from llama_mp.cache import KVCache
-from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RunError
 from llama_mp.model import Step, Transformer
@@ -89,14 +88,17 @@ class Op(IntEnum):
 class Leader:
     """Rank 0's runner: each call is told to the followers, who make the same one.
 
-    A message is int64 on the control channel: operation, count, three arguments, then the tokens and positions."""
+    A message is int64 on the control channel: operation, count, three arguments, then what a step takes: tokens and
+    positions of each row. The tokens of a prompt follow in a message of their own, for steps are told more often."""
 
     def __init__(self, runner: Runner, world: World) -> None:
         self.runner, self.world = runner, world
         self.cache, self.history = runner.cache, History()
 
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
-        self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), tokens)
+        self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), ())
+        if self.world.size > 1:
+            self.history.pass_on(torch.tensor(tokens))
         return self.runner.prefill(tokens, slot=slot, start=start, all_logits=all_logits)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -127,7 +129,8 @@ def follow(runner: Runner) -> None:
         values = message[5:]
         if op == Op.PREFILL:
             slot, start, all_logits = arguments
-            runner.prefill(values[:count].tolist(), slot=slot, start=start, all_logits=bool(all_logits))
+            history.pass_on(tokens := torch.zeros(count, dtype=torch.int64))
+            runner.prefill(tokens.tolist(), slot=slot, start=start, all_logits=bool(all_logits))
         elif op == Op.DECODE:
             runner.decode(values[:count].tolist(), values[count : 2 * count].tolist())
         elif op == Op.MOVE:
@@ -160,5 +163,5 @@ class History:
 
 
 def blank_message(cache: KVCache) -> torch.Tensor:
-    """Room for the longest message, so that one broadcast of a size known to all carries each."""
-    return torch.zeros(5 + max(PREFILL_CHUNK, 2 * cache.num_slots), dtype=torch.int64)
+    """Room for any message but a prompt's tokens, so that one broadcast of a size known to all carries each."""
+    return torch.zeros(5 + 2 * cache.num_slots, dtype=torch.int64)
