@@ -13,6 +13,7 @@ from llama_mp.cores import has_fast_bf16
 from llama_mp.layout import heads_per_rank, padded
 
 BF16, FP32, INT64, COMPLEX64 = 2, 4, 8, 8
+ALIGNMENT = 16  # bytes: torch's kernels of attention take heads of whole ones on a GPU
 
 
 class Sizes(NamedTuple):

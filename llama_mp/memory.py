@@ -78,7 +78,7 @@ def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     degree, unit = layout_degree(mp, workload.deterministic), hidden_unit(workload.quant)
     sizes = sizes_of(config, degree, workload.element_bytes, unit, on_cpu=workload.device == "cpu")._replace(mp=mp)
     length = workload.seq_len
-    num_tokens = min(SCORED_CHUNK if workload.deterministic else PREFILL_CHUNK, length - 1)
+    num_tokens = min(SCORED_CHUNK if workload.deterministic else PREFILL_CHUNK[workload.device], length - 1)
     sums = sums_bytes(sizes, num_tokens, degree // mp) if workload.deterministic else 0
     passes = (prefill_bytes(sizes, num_tokens, length - 1) + sums, decode_bytes(sizes, workload.batch_size, length))
     workspace = CUBLAS_BYTES if workload.device == "cuda" else 0

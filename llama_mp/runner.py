@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llama_mp import liveness
 from llama_mp.cache import KVCache
+from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RunError
 from llama_mp.model import Step, Transformer
@@ -36,8 +37,9 @@ class Runner:
         Returns on rank 0 the logits after the last token, [1, V], or after each of them, [N, V]."""
         length = start + len(tokens)
         positions_N = torch.arange(start, length, device=self.device)
-        sees_all = len(tokens) == 1 or start == 0  # with is_causal in the second case
-        mask = None if sees_all else torch.arange(length, device=self.device) <= positions_N.unsqueeze(1)
+        is_causal, mask = len(tokens) > 1, None
+        if is_causal and start > 0 and self.device.type == "cpu":
+            is_causal, mask = False, torch.arange(length, device=self.device) <= positions_N.unsqueeze(1)
         step = Step(
             batch_size=1,
             slots_N=torch.full_like(positions_N, slot),
@@ -46,7 +48,7 @@ class Runner:
             attended_slots=slice(slot, slot + 1),
             length=length,
             mask=mask,
-            is_causal=start == 0 and len(tokens) > 1,
+            is_causal=is_causal,
         )
         with liveness.step():
             x_NC = self.model(torch.tensor(tokens, device=self.device), step, self.cache)
@@ -94,6 +96,7 @@ class Leader:
     def __init__(self, runner: Runner, world: World) -> None:
         self.runner, self.world = runner, world
         self.cache, self.history = runner.cache, History()
+        self.prefill_chunk = PREFILL_CHUNK[runner.device.type]  # the most tokens that `prefill` takes
 
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
         self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), ())

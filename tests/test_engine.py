@@ -102,6 +102,7 @@ class Recorder:
     cache: Slots
     seen: dict[int, list[int]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    prefill_chunk: int = 512
 
     def next_logits(self, slot: int) -> torch.Tensor:
         logits = torch.zeros(VOCAB_SIZE)
