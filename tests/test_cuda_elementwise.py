@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factory import MODELS
-from interpreted import DIMS, HEADS, HIDDEN, interpreted, prompts, steps
+from interpreted_rows import DIMS, HEADS, HIDDEN, interpreted, prompts, steps
 from ranks import alone
 
 
