@@ -229,8 +229,11 @@ class LLM:
         self.world.tell(None)
 
     def prepare(self, shape: Sequence[int]) -> Runner:
-        """A runner over a cache of (slots, positions) `shape`."""
+        """A runner over a cache of (slots, positions) `shape`, or of more positions: the one before, if it has as many,
+        and with it the graphs that it recorded."""
         num_slots, max_seq_len = shape
+        if self.runner and self.runner.cache.num_slots == num_slots and self.runner.cache.max_seq_len >= max_seq_len:
+            return self.runner
         self.close_runner()
         self.shape = max(self.shape, (num_slots, max_seq_len), key=math.prod)
         with self.world.together():
