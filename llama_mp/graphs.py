@@ -49,10 +49,13 @@ class Recorder:
         outside.wait_stream(self.stream)
 
     def record(self, launch: Launch) -> Launch:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog) may go on with what a capture forbids.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            launch()
+        graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # Other threads (NCCL's watchdog) may go on with what a capture forbids.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                launch()
+        finally:
+            torch.cuda.set_stream(outside)  # after a failure torch does not
         self.graphs.append(graph)
         return graph.replay
 

@@ -19,7 +19,7 @@ from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.deterministic import DETERMINISTIC, ORDINARY, go_any_way, keep_to_one_way
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
-from llama_mp.errors import RequestError, counted, say, shows_progress
+from llama_mp.errors import RequestError, abandon, counted, say, shows_progress
 from llama_mp.flags import checked
 from llama_mp.fused import load_steps
 from llama_mp.graphs import GraphRunner
@@ -310,6 +310,8 @@ class LLM:
         """After a failure: one rank alone can go on with another model; several may be out of step, and end."""
         if self.world.size == 1:
             self.close()
+        elif self.world.device.type == "cuda":
+            abandon()  # NCCL's groups would wait for the others, and for every graph
 
     def __enter__(self) -> "LLM":
         return self
