@@ -98,12 +98,12 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
     Around each, the block's input, x after attention and the normed x are alive: C each. Over several ranks the last
     sum, C, may be let go late by the thread that made it.
     Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result.
-    Behind attention: q, k, v, the rotated q and k, attention's output H D and wo's C.
+    Behind attention: its output H D and wo's C.
     Feed-forward: w13's output 2F, of which SwiGLU makes F, on a GPU by way of silu(gate); then that F and w2's C."""
     N, qk, fused = num_tokens, (s.H + s.K) * s.D, (s.H + 2 * s.K) * s.D
     heads, rotated = N * fused * s.e, N * qk * s.e
     rotate = N * qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
-    behind = heads + rotated + N * s.H * s.D * s.e + s.product(N, s.H * s.D, s.C)
+    behind = N * s.H * s.D * s.e + s.product(N, s.H * s.D, s.C)
     attention = 2 * N * s.C * s.e + max(s.product(N, s.C, fused), heads + rotate, behind)
     swiglu = N * (3 if s.on_cpu else 4) * s.F * s.e
     down = N * s.F * s.e + s.product(N, s.F, s.C)

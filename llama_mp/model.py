@@ -16,9 +16,10 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from llama_mp import cuda
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig
-from llama_mp.fused import Half, attend, attention_half, feed_forward_half, half_of, rms_norm, suits, swiglu
+from llama_mp.fused import Half, attend, attends, attention_half, feed_forward_half, half_of, rms_norm, suits, swiglu
 from llama_mp.kernels import MAX_ROWS, activation_dtype, linear
 from llama_mp.layout import heads_per_rank, padded
 from llama_mp.memory import hidden_unit
@@ -61,6 +62,12 @@ class RowLinear(WithoutWeights, RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.precision)
 
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`residual` and what all ranks make of their x; by one kernel where `cuda.suits_one` says so."""
+        if get_model_parallel_world_size() == 1 and cuda.suits_one(x, self.weight):
+            return cuda.product(x, self.weight, added_to=residual)
+        return residual + reduce(self(x))
+
 
 class Embedding(WithoutWeights, VocabParallelEmbedding):
     """fairscale's layer, its rows of other ranks masked without asking the device which they are."""
@@ -99,6 +106,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def before(self, column: ColumnLinear, x: torch.Tensor) -> torch.Tensor:
+        """`column` of the normed x; by one kernel where `cuda.suits_one` says so."""
+        if cuda.suits_one(x, column.weight):
+            return cuda.product(x, column.weight, norm=(self.weight, self.eps))
+        return column(self(x))
+
 
 class Attention(nn.Module):
     """What one rank of `mp` adds to the sum over all."""
@@ -113,12 +126,16 @@ class Attention(nn.Module):
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`keys`, `values`: this layer's cache [slots, positions, K, D]; the tokens' own are written first."""
-        heads_NHD = self.wqkv(x_NC).unflatten(-1, (-1, self.head_dim))
-        is_one_each = len(x_NC) == step.batch_size
-        if is_one_each and suits(x_NC, keys):
+        return self.wo(self.attend(self.wqkv(x_NC), step, keys, values))
+
+    def attend(self, heads_NE: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What wo is multiplied with, of what wqkv made."""
+        heads_NHD = heads_NE.unflatten(-1, (-1, self.head_dim))
+        is_one_each = len(heads_NE) == step.batch_size
+        if is_one_each and attends(heads_NE, keys):
             slots = step.attended_slots
             y_NHD = attend(heads_NHD, step.rotations_N1d, keys[slots], values[slots], step.positions_N)
-            return self.wo(y_NHD.flatten(1))
+            return y_NHD.flatten(1)
         qk_NHD, v_NKD = heads_NHD.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         q_NHD, k_NKD = rotate(qk_NHD, step.rotations_N1d).split([self.num_heads, self.num_kv_heads], dim=1)
         keys[step.slots_N, step.positions_N] = k_NKD.to(keys.dtype)
@@ -126,7 +143,7 @@ class Attention(nn.Module):
         k_BKLD = keys[step.attended_slots, : step.length].transpose(1, 2)
         v_BKLD = values[step.attended_slots, : step.length].transpose(1, 2)
         y_NHD = (self.attend_one if is_one_each else self.attend_many)(q_NHD, k_BKLD, v_BKLD, step)
-        return self.wo(y_NHD.flatten(1))
+        return y_NHD.flatten(1)
 
     def attend_one(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
         """One token a row: the G query heads that share a KV head stand where a sequence would, in the type of the
@@ -160,6 +177,12 @@ class FeedForward(nn.Module):
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         return self.w2(swiglu(self.w13(x_NC)))
 
+    def hidden(self, x_NC: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """What w2 is multiplied with, of x that is yet to be normed."""
+        if cuda.suits_one(x_NC, self.w13.weight):
+            return cuda.product(x_NC, self.w13.weight, norm=(norm.weight, norm.eps), is_gated=True)
+        return swiglu(norm.before(self.w13, x_NC))
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, mp: int) -> None:
@@ -172,10 +195,20 @@ class Block(nn.Module):
         self.made: tuple[Half, Half] | None = None
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
-            return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
+        if len(x_NC) == step.batch_size:  # one token a row
+            if cuda.steps_on(x_NC.device):
+                return self.on_cuda(x_NC, step, keys, values)
+            if len(x_NC) <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
+                return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
         x_NC = x_NC + reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
         return x_NC + reduce(self.feed_forward(self.ffn_norm(x_NC)))
+
+    def on_cuda(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One token a row on a GPU: what lies around a product is done by the kernel of the product, where it can."""
+        attention, feed_forward = self.attention, self.feed_forward
+        heads_NE = self.attention_norm.before(attention.wqkv, x_NC)
+        x_NC = attention.wo.added_to(x_NC, attention.attend(heads_NE, step, keys, values))
+        return feed_forward.w2.added_to(x_NC, feed_forward.hidden(x_NC, self.ffn_norm))
 
     def in_two_calls(
         self, halves: tuple[Half, Half], x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
@@ -221,7 +254,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_NC: torch.Tensor) -> torch.Tensor:
         """This rank's part [N, V] of the logits."""
-        return self.output(self.norm(x_NC))
+        return self.norm.before(self.output, x_NC)
 
 
 @contextlib.contextmanager
