@@ -118,12 +118,14 @@ def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
 def causal_bytes(s: Sizes, num_tokens: int, length: int) -> int:
     """What causal.py makes beside q, k and v: its result and, by flash attention, the logarithm of each sum, in fp32;
     by the other kernel keys and values for each query head, where several share one. Heads that are no whole ones of
-    ALIGNMENT bytes are filled up first."""
+    ALIGNMENT bytes are filled up first, and cut again in the end."""
     head, num_kv = s.filled_head, s.K if s.has_flash else s.H
     repeated = 2 * s.H * length * s.D * s.e if num_kv > s.K else 0
     filled = (num_tokens * s.H + 2 * num_kv * length) * head * s.e if head > s.D else 0
     made = num_tokens * s.H * (head * s.e + (FP32 if s.has_flash else 0))
-    return filled + max(repeated, made) if filled else repeated + made
+    if not filled:
+        return repeated + made
+    return max(filled + max(repeated, made), num_tokens * s.H * (head + s.D) * s.e)
 
 
 def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
@@ -165,16 +167,14 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
     Over several ranks the last sum, C, may be let go late by the thread that made it.
     Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result; kernels
     turn q where it is and k on its way to the cache.
-    Behind attention: q, k, v, the rotated q and k, attention's output H D, again without what filled its heads up, and
-    wo's C.
+    Behind attention: its output H D and wo's C.
     Feed-forward: w13's output 2F, of which SwiGLU makes F, by torch's operations on a GPU by way of silu(gate); then
     that F and w2's C."""
     N, qk, fused = num_tokens, (s.H + s.K) * s.D, (s.H + 2 * s.K) * s.D
     heads = N * fused * s.e
     rotated = 0 if s.has_kernels else N * qk * s.e
     rotate = 0 if s.has_kernels else N * qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
-    cut = N * s.H * s.D * s.e if s.filled_head > s.D else 0
-    behind = heads + rotated + N * s.H * s.filled_head * s.e + cut + s.product(N, s.H * s.D, s.C)
+    behind = N * s.H * s.D * s.e + s.product(N, s.H * s.D, s.C)
     attention = 2 * N * s.C * s.e + max(s.product(N, s.C, fused), heads + rotate, behind)
     swiglu = N * (3 if s.on_cpu or s.has_kernels else 4) * s.F * s.e
     down = N * s.F * s.e + s.product(N, s.F, s.C)

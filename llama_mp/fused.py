@@ -28,7 +28,7 @@ def suits(x: torch.Tensor, state: torch.Tensor) -> bool:
 
 def for_rows(x: torch.Tensor) -> ModuleType | None:
     """The kernels for many rows such as `x` on a GPU, if it runs them; imported here, since Triton may be missing."""
-    if not cuda.available(x.device):
+    if not cuda.steps_on(x.device):
         return None
     from llama_mp import cuda_elementwise
 
@@ -70,6 +70,11 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return y_NF
 
 
+def attends(x: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Whether `attend` computes with activations `x` over a cache of `keys`."""
+    return suits(x, keys) or cuda.steps_on(keys.device)
+
+
 def attend(
     heads_NHD: torch.Tensor,
     rotations_N1d: torch.Tensor,
@@ -77,10 +82,12 @@ def attend(
     values: torch.Tensor,
     positions_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of one token for each of N rows, where `suits` says so: [N, H, D].
+    """Attention of one token for each of N rows, where `attends` says so: [N, H, D].
 
     `heads_NHD`: H query heads, then K of keys and K of values, which are stored at the rows' positions first. `keys`,
     `values` [S, L, K, D]: row i's slot is the i-th."""
+    if cuda.steps_on(keys.device):
+        return cuda.attend(heads_NHD, rotations_N1d, keys, values, positions_N)
     num_rows, num_fused, head_dim = heads_NHD.shape
     num_kv_heads = keys.shape[2]
     num_heads = num_fused - 2 * num_kv_heads

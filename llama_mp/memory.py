@@ -26,9 +26,10 @@ from llama_mp.runtime import CUDA_HOST_BYTES, runtime_bytes, workspace_bytes
 from llama_mp.virtual import ALIGNMENT, check_virtual, degrees, layout_degree, slot_length, virtual_shards
 from llama_mp.workload import BYTES_PER_ELEMENT, Workload
 
-INT8_SCALE_BYTES = 4  # an fp32 scale for each row, to whose alignment the row's codes are filled up
+INT8_SCALE_BYTES = 4  # an fp32 scale for each row
 INT4_GROUP = 32  # weights of a row that share a scale and an offset, in fp16 each
 INT4_GROUP_BYTES = INT4_GROUP // 2 + 2 + 2
+ROW_ALIGNMENT = 16  # of quantized weights: what a GPU's thread loads at once
 QUANTIZING_BYTES = 16  # beside each element that is being packed or unpacked: fp32 thrice, and smaller things
 BLOCK_SLOTS = 2  # offloading: one block computes while the next one comes
 
@@ -70,7 +71,7 @@ def sizes_of_rank(config: ModelConfig, mp: int, workload: Workload) -> Sizes:
         workload.element_bytes,
         hidden_unit(workload.quant),
         on_cpu=workload.device == "cpu",
-        has_kernels=workload.has_kernels,
+        has_kernels=workload.has_kernels and not workload.deterministic,
         quant=workload.quant,
     )._replace(mp=mp)
 
@@ -178,9 +179,8 @@ def shard_bytes(shard: Shard, quant: str, element_bytes: int) -> int:
 
 def packed_row_bytes(cols: int, quant: str) -> int:
     """A quantized row of `cols` weights: what quant.py packs."""
-    if quant == "int8":
-        return padded(cols, INT8_SCALE_BYTES) + INT8_SCALE_BYTES
-    return -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
+    held = cols + INT8_SCALE_BYTES if quant == "int8" else -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
+    return padded(held, ROW_ALIGNMENT)
 
 
 class WeightBytes(NamedTuple):

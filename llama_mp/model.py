@@ -16,6 +16,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from llama_mp import cuda
 from llama_mp.cache import KVCache
 from llama_mp.causal import attend_causally
 from llama_mp.config import ModelConfig
@@ -23,6 +24,7 @@ from llama_mp.fused import (
     Half,
     add_and_norm,
     attend,
+    attends,
     attention_half,
     feed_forward_half,
     for_rows,
@@ -73,6 +75,12 @@ class RowLinear(WithoutWeights, RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.precision)
 
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`residual` and what all ranks make of their x; by one kernel where `cuda.suits_one` says so."""
+        if get_model_parallel_world_size() == 1 and cuda.suits_one(x, self.weight):
+            return cuda.product(x, self.weight, added_to=residual)
+        return residual + reduce(self(x))
+
 
 class Embedding(WithoutWeights, VocabParallelEmbedding):
     """fairscale's layer, its rows of other ranks masked without asking the device which they are."""
@@ -115,6 +123,12 @@ class RMSNorm(nn.Module):
         """x + delta, and its norm. x may be overwritten."""
         return add_and_norm(x, delta, self.weight, self.eps)
 
+    def before(self, column: ColumnLinear, x: torch.Tensor) -> torch.Tensor:
+        """`column` of the normed x; by one kernel where `cuda.suits_one` says so."""
+        if cuda.suits_one(x, column.weight):
+            return cuda.product(x, column.weight, norm=(self.weight, self.eps))
+        return column(self(x))
+
 
 class Attention(nn.Module):
     """What one rank of `mp` adds to the sum over all."""
@@ -129,17 +143,21 @@ class Attention(nn.Module):
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`keys`, `values`: this layer's cache [slots, positions, K, D]; the tokens' own are written first."""
-        heads_NHD = self.wqkv(x_NC).unflatten(-1, (-1, self.head_dim))
-        is_one_each = len(x_NC) == step.batch_size
-        if is_one_each and suits(x_NC, keys):
+        return self.wo(self.attend(self.wqkv(x_NC), step, keys, values))
+
+    def attend(self, heads_NE: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What wo is multiplied with, of what wqkv made."""
+        heads_NHD = heads_NE.unflatten(-1, (-1, self.head_dim))
+        is_one_each = len(heads_NE) == step.batch_size
+        if is_one_each and attends(heads_NE, keys):
             slots = step.attended_slots
             y_NHD = attend(heads_NHD, step.rotations_N1d, keys[slots], values[slots], step.positions_N)
-            return self.wo(y_NHD.flatten(1))
+            return y_NHD.flatten(1)
         q_NHD = self.store(heads_NHD, step, keys, values)
         k_BKLD = keys[step.attended_slots, : step.length].transpose(1, 2)
         v_BKLD = values[step.attended_slots, : step.length].transpose(1, 2)
         y_NHD = (self.attend_one if is_one_each else self.attend_many)(q_NHD, k_BKLD, v_BKLD, step)
-        return self.wo(y_NHD.flatten(1))
+        return y_NHD.flatten(1)
 
     def store(self, heads_NHD: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The tokens' keys and values into the cache, and their queries, all but the values turned: [N, H, D]. Kernels
@@ -188,6 +206,12 @@ class FeedForward(nn.Module):
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         return self.w2(swiglu(self.w13(x_NC)))
 
+    def hidden(self, x_NC: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """What w2 is multiplied with, of x that is yet to be normed."""
+        if cuda.suits_one(x_NC, self.w13.weight):
+            return cuda.product(x_NC, self.w13.weight, norm=(norm.weight, norm.eps), is_gated=True)
+        return swiglu(norm.before(self.w13, x_NC))
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, mp: int) -> None:
@@ -200,12 +224,21 @@ class Block(nn.Module):
         self.made: tuple[Half, Half] | None = None
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if len(x_NC) == 1 and cuda.steps_on(x_NC.device):
+            return self.of_one(x_NC, step, keys, values)
         if len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
             return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
         attended_NC = reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
         x_NC, normed_NC = self.ffn_norm.of_sum(x_NC, attended_NC)
         del attended_NC  # a pass over a prompt is planned without it
         return x_NC.add_(reduce(self.feed_forward(normed_NC)))
+
+    def of_one(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One token on a GPU: what lies around a product is done by the kernel of the product, where it can."""
+        attention, feed_forward = self.attention, self.feed_forward
+        heads_NE = self.attention_norm.before(attention.wqkv, x_NC)
+        x_NC = attention.wo.added_to(x_NC, attention.attend(heads_NE, step, keys, values))
+        return feed_forward.w2.added_to(x_NC, feed_forward.hidden(x_NC, self.ffn_norm))
 
     def in_two_calls(
         self, halves: tuple[Half, Half], x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
@@ -251,7 +284,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_NC: torch.Tensor) -> torch.Tensor:
         """This rank's part [N, V] of the logits."""
-        return self.output(self.norm(x_NC))
+        return self.norm.before(self.output, x_NC)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ def instructions(
         attrs={(kernel.arg_names.index(name),): divisible for name in whole},
     )
     target = GPUTarget("cuda", capability, 32)
-    path.write_bytes(triton.compile(source, target=target, options={"num_warps": num_warps}).asm["cubin"])
+    path.write_bytes(
+        triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True}).asm["cubin"]
+    )
     listed = subprocess.run([DISASSEMBLER, "-c", path], capture_output=True, text=True, check=True).stdout
     return Counter(re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listed))

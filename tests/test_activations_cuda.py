@@ -12,9 +12,9 @@ from live import Live
 from ranks import Ranks
 
 import llama_mp.causal
-import llama_mp.fused
 import llama_mp.model
 import llama_mp.runner
+from llama_mp import cuda
 from llama_mp.activations import prefill_bytes
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig, load_size
@@ -64,7 +64,7 @@ def peak_of(runner: Runner, known: list[torch.Tensor], workload: Workload, num_t
     nothing = {f"{name}_kernel": Nothing() for name in names}
     has_flash = workload.has_kernels and workload.dtype != "fp32"
     with (
-        patch.object(llama_mp.fused.cuda, "available", lambda _: workload.has_kernels),
+        patch.multiple(cuda, available=lambda _: workload.has_kernels, suits=lambda *_: False),
         patch.multiple("llama_mp.cuda_elementwise", **nothing),
         patch.object(llama_mp.causal, "can_use_flash_attention", lambda _: has_flash),
         patch.object(llama_mp.model, "reduce", lambda x: x),

@@ -40,6 +40,8 @@ WITH_TORCH = [
     "llama_mp.cuda_elementwise",
     "llama_mp.kernels",
     "llama_mp.cuda",
+    "llama_mp.cuda_kernels",
+    "llama_mp.cuda_attention",
     "llama_mp.quant",
     "llama_mp.cache",
     "llama_mp.parallel",
@@ -157,10 +159,9 @@ WITHOUT_TORCH = [
     "llama_mp.version",
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
-# Imported on a GPU that runs our kernels alone: Triton comes with torch's builds for CUDA.
-WITH_TRITON = {"llama_mp.cuda_elementwise"}
 # Packages of the extras, which an installation without them does not have.
-EXTRAS = ["hypothesis", "matplotlib", "pre_commit", "pytest", "ruff", "tiktoken", "transformers"]
+EXTRAS = ["hypothesis", "matplotlib", "pre_commit", "pytest", "ruff", "tiktoken", "transformers", "triton"]
+WITH_TRITON = "llama_mp.cuda_"  # which torch for GPUs brings along: imported where one is to compute
 
 
 def modules_on_disk() -> dict[str, Path]:
@@ -231,7 +232,7 @@ for name in modules:
 for script in scripts:
     runpy.run_path(script, run_name="imported")
 """
-    modules = [name for name in MODULES if not name.startswith("launch.") and name not in WITH_TRITON]
+    modules = [name for name in MODULES if not name.startswith(("launch.", WITH_TRITON))]
     scripts = [str(file) for name, file in MODULES.items() if name.startswith("launch.")]
     run_python(code, *map(json.dumps, (str(ROOT), EXTRAS, modules, scripts)), cwd=tmp_path)
 

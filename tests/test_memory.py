@@ -173,7 +173,8 @@ def test_int8_and_int4_count_their_scales() -> None:
     norms = fp16 * 2 * dim
     rows = (3 * dim, dim, 2 * hidden, dim, vocab)  # wqkv, wo, w13, w2 of a block, and the output
     cols = (dim, dim, dim, hidden, dim)
-    int8 = [row * col + 4 * row for row, col in zip(rows, cols, strict=True)]
+    # and rows are filled up to 16 bytes
+    int8 = [row * (col + 4 + 12) for row, col in zip(rows, cols, strict=True)]
     int4 = [row * col // 32 * (16 + 4) for row, col in zip(rows, cols, strict=True)]
     assert weight_bytes(config, 0, 1, "fp16", "int8") == outside + 32 * (norms + sum(int8[:4])) + int8[4]
     assert weight_bytes(config, 0, 1, "fp16", "int4") == outside + 32 * (norms + sum(int4[:4])) + int4[4]
