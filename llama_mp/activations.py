@@ -50,20 +50,20 @@ class Sizes(NamedTuple):
         and output are there in that type for a moment; where in fp32, some of the weight's rows and what they make."""
         output = num_tokens * num_out * self.e
         if self.c == self.e:
-            return output + (0 if self.on_cpu else self.unpacked(num_tokens, num_in, num_out))
+            return output + (0 if self.on_cpu else self.unpacked(num_in, num_out))
         if has_fast_bf16():
             return num_tokens * num_out * BF16 + max(num_tokens * num_in * BF16, output)
         num_rows = min(num_out, max(1, PRODUCT_BYTES["cpu"] // FP32 // num_in))
         return output + num_rows * (num_in + num_tokens) * FP32
 
-    def unpacked(self, num_tokens: int, num_in: int, num_out: int) -> int:
-        """Of packed weights some rows at a time, as a GPU multiplies with them, and what they make; of int4 before that
-        the codes of half a row's weights, a byte each, and its scales and offsets in fp32."""
+    def unpacked(self, num_in: int, num_out: int) -> int:
+        """Of packed weights some rows at a time, as a GPU multiplies with them; of int4 beside them the codes of half a
+        row's weights, a byte each, and its scales and offsets in fp32."""
         if self.quant == "none":
             return 0
         num_rows = min(num_out, max(1, PRODUCT_BYTES["cuda"] // self.e // num_in))
         on_the_way = num_in // 2 + num_in // 4 if self.quant == "int4" else 0
-        return num_rows * (num_in * self.e + max(on_the_way, num_tokens * self.e))
+        return num_rows * (num_in * self.e + on_the_way)
 
 
 def sizes_of(

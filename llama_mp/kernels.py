@@ -62,8 +62,16 @@ def linear_of_many(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype
     factor, y = x.to(dtype), x.new_empty(len(x), len(weight))
     num_elements = PRODUCT_BYTES[x.device.type] // dtype.itemsize
     for start, stop in row_chunks(Span(0, len(weight)), x.shape[1], num_elements):
-        y[:, start:stop] = F.linear(factor, unpacked(weight[start:stop], x.shape[1], dtype))
+        multiply_into(y[:, start:stop], factor, unpacked(weight[start:stop], x.shape[1], dtype))
     return y
+
+
+def multiply_into(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """F.linear whose result takes the place of y, some columns of a matrix."""
+    if y.device.type == "cuda":
+        torch.mm(x, weight.t(), out=y)  # cuBLAS writes rows that stand apart
+    else:
+        y[:] = F.linear(x, weight)
 
 
 def unpacked(weight: torch.Tensor, num_cols: int, dtype: torch.dtype) -> torch.Tensor:
