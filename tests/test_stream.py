@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import jobs
@@ -258,6 +258,7 @@ class Gpu:
         for name in ("Stream", "Event", "stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.computing)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(stream, "host_buffer", lambda num_bytes, device: torch.empty(num_bytes, dtype=torch.uint8))
 
     def Stream(self, device: object = None) -> "FakeStream":
@@ -377,21 +378,24 @@ def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_on_a_gpu_each_block_is_there_while_it_computes(carried) -> None:
     for gpu, layers in carried:
-        seen: list[int] = []
+        seen: list[tuple[int, int]] = []
 
-        def compute(block: nn.Module, seen: list[int] = seen) -> None:
-            seen.append(block.slot[0].holds)
+        def compute(index: int, block: nn.Module, seen: list[tuple[int, int]] = seen) -> None:
+            seen.append((index, block.slot[0].holds))
 
-        for _ in range(3):
-            for block in layers:
+        count = len(layers.order)
+        broken_off = gpu.random.randrange(1, count)
+        for num_blocks in (None, broken_off, None, None):
+            for index, block in islice(enumerate(layers), num_blocks):
                 for _ in range(2):  # pieces of work, between which other streams do theirs
-                    gpu.computing.enqueue(partial(compute, block))
+                    gpu.computing.enqueue(partial(compute, index, block))
                 for _ in range(gpu.random.randrange(6)):
                     gpu.advance()
+        layers.close()
+        assert not layers.carrier.stream.work  # nothing writes to a slot, or reads a buffer, that is freed now
         gpu.settle()
-        layers.carrier.close()
-        count = len(layers.order)
-        assert seen == [i for _ in range(3) for i in range(count) for _ in range(2)]
+        assert len(seen) == 2 * (3 * count + broken_off)
+        assert [index for index, _ in seen] == [held for _, held in seen]
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------
