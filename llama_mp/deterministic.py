@@ -37,7 +37,7 @@ from llama_mp.model import (
     set_precision,
     without_filling,
 )
-from llama_mp.parallel import all_gather
+from llama_mp.parallel import all_gather, share
 from llama_mp.runner import Runner
 from llama_mp.virtual import VIRTUAL_RANKS, played_by, slot_length
 
@@ -151,9 +151,9 @@ class DeterministicRunner(Runner):
             found = [*found, logits] if all_logits else [logits]
         return None if found[0] is None else torch.cat(found)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor | None:
-        rows = zip(tokens, positions, strict=True)
-        found = [self.prefill([row[0]], slot=i, start=row[1], all_logits=False) for i, row in enumerate(rows)]
+    def decode(self, positions: Sequence[int]) -> torch.Tensor | None:
+        rows = zip(share(self.tokens_S[: len(positions)]).tolist(), positions, strict=True)
+        found = [self.prefill([token], slot=i, start=at, all_logits=False) for i, (token, at) in enumerate(rows)]
         return None if found[0] is None else torch.cat(found)
 
 

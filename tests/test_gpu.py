@@ -35,7 +35,8 @@ def logits_on(device: str, folder: Path, tokenizer: Path, **flags: object) -> to
         chunks = [leader.prefill(PROMPT[:4], slot=0, start=0, all_logits=True)]
         chunks += [leader.prefill(PROMPT[4:], slot=0, start=4, all_logits=True)]
         leader.prefill(PROMPT[:2], slot=1, start=0, all_logits=False)
-        chunks += [leader.decode([5, 6], [len(PROMPT), 2])]
+        leader.tokens_S[:2] = torch.tensor([5, 6])
+        chunks += [leader.decode([len(PROMPT), 2])]
         return torch.cat(chunks).float().cpu()
 
 
