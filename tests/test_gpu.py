@@ -131,17 +131,20 @@ def test_texts_are_those_of_the_cpu(smollm2_file: Path) -> None:
     assert texts[0][0] == "The capital of France is Paris."
 
 
-def over_nccl(folder: Path, tokenizer: Path) -> list[float] | None:
-    """Runs in a rank of its own device: logits of a prompt, and of one step."""
-    world = jobs.connect(jobs.RunConfig(device=DEVICE))
-    found = jobs.ask_one(jobs.load(world, folder, tokenizer, device=DEVICE), PROMPT, 4)
-    world.close()
-    return [found.tokens, found.logits] if world.is_leader else None
+def over_nccl(folder: Path, tokenizer: Path, eager: bool) -> list | None:
+    """Runs in a rank of its own device: logits of a prompt, and the tokens of greedy steps."""
+    llm = jobs.load(jobs.connect(jobs.RunConfig(device=DEVICE)), folder, tokenizer, device=DEVICE, eager=eager)
+    found = jobs.ask_one(llm, PROMPT, 8)
+    llm.close()
+    return [found.tokens, found.logits] if found else None
 
 
+@ONE_MODEL
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between ranks needs two CUDA devices")
-def test_two_cards_equal_one(ranks: Ranks, folder: Path, tokenizer_file: Path) -> None:
-    one, two = (ranks.run(mp, over_nccl, folder=folder, tokenizer=tokenizer_file)[0] for mp in (1, 2))
+def test_two_cards_equal_one(ranks: Ranks, folder: Path, tokenizer_file: Path, eager: bool) -> None:
+    arguments = {"folder": folder, "tokenizer": tokenizer_file, "eager": eager}
+    one, two = (ranks.run(mp, over_nccl, **arguments)[0] for mp in (1, 2))
     assert one[0] == two[0]
     assert abs(one[1] - two[1]).max() <= 1e-4 * abs(one[1]).max()
 
