@@ -12,11 +12,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_mp.ceiling import synchronize
 from llama_mp.config import load_size
@@ -54,21 +53,10 @@ def gpt_fast(
         token = theirs.prefill(model, prompt, torch.arange(prompt_len, device=device), **greedy).clone()
         prefilled = now(device)
         position = torch.tensor([prompt_len], device=device, dtype=torch.int)
-        decode_gpt_fast(theirs, model, token, position, gen_len - 1, greedy)
+        theirs.decode_n_tokens(model, token.view(1, -1), position, gen_len - 1, **greedy)
         return Taken(prefilled - start, now(device) - prefilled)
 
     return run
-
-
-def decode_gpt_fast(
-    theirs: Any, model: nn.Module, token: torch.Tensor, position: torch.Tensor, count: int, greedy: dict[str, Any]
-) -> None:
-    """Its decode_n_tokens, which chooses the same way to attend by a context that newer versions of torch dropped."""
-    for _ in range(count):
-        with sdpa_kernel(SDPBackend.MATH):  # as there: what the compiler makes of it is faster
-            token, _ = theirs.decode_one_token(model, token.view(1, -1), position, **greedy)
-        position += 1
-        token = token.clone()
 
 
 def gpt_fast_model(device: torch.device, size: str, quant: str) -> nn.Module:

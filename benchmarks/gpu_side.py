@@ -41,7 +41,7 @@ from llama_mp.world import World
 
 BESIDE = ("triton", "transformers")  # packages whose versions matter beside torch's
 STACK = 4  # blocks whose matrices are measured: more than any cache holds, little beside the memory
-ROUNDS, SHORTEST_S = 7, 0.02  # a round of each way lasts at least as long
+ROUNDS, SHORTEST_S = 7, 0.05  # a round of each way lasts at least as long
 
 
 def ceiling(device: torch.device) -> dict[str, Any]:

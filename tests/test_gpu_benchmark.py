@@ -134,7 +134,7 @@ def test_a_process_that_fails_says_why_and_leaves_the_rest_in_a_log(gpu: ModuleT
     script = tmp_path / "failing.py"
     script.write_text("import sys\nprint('{}')\nsys.exit('first\\nerror: the last word')")
     last_line = importlib.import_module("gpu_runs").last_line
-    with pytest.raises(RunError, match="^failing.py --some word: error: the last word$"):
+    with pytest.raises(RunError, match=r"^failing\.py --some word: error: the last word$"):
         last_line(script, ["--some", "word"], tmp_path / "out")
     assert (tmp_path / "out" / "errors.log").read_text() == "failing.py --some word\nfirst\nerror: the last word\n\n"
 
