@@ -13,6 +13,7 @@ GIB = 2**30
 PREFILL_SHAPES = {"7B": "llama2-7b"}  # the same matrices, and a context that holds the prompt and an answer
 OFFLOADED_LEN = 32  # tokens, where each brings half of the model over the bus
 SHARE_MP = 8
+MOST_KERNELS = 8  # that are printed; all of them are kept
 # size, and flags of launch/bench.py
 SIZES: list[tuple[str, dict[str, Any]]] = [
     ("13B", {}),
@@ -134,6 +135,21 @@ def layers_of(runs: Runs, size: str) -> Found:
     )
 
 
+def kernels(runs: Runs) -> Iterator[Case]:
+    for size in runs.asked.size:
+        for bits in ("none", "int8", "int4"):
+            name = f"{size} {'bf16' if bits == 'none' else bits}: where a step's time goes"
+            yield Case(name, partial(kernels_of, runs, size, bits))
+
+
+def kernels_of(runs: Runs, size: str, bits: str) -> Found:
+    whole = runs.ours(size, **({} if bits == "none" else {"quant": bits}))
+    figures = runs.side("kernels", size=size, quant=bits, prompt_len=runs.asked.prompt_len)
+    longest = [f"{name} {taken:.0f} us in {count:.0f}" for name, taken, count in figures["kernels"][:MOST_KERNELS]]
+    busy = Goal("of a step in kernels", figures["busy_us"] / 1e6 / whole["tpot_s"])
+    return Found(figures, [busy], [f"{figures['launches']:.0f} launches", *longest])
+
+
 def sizes(runs: Runs) -> Iterator[Case]:
     """Those that this card holds, by the plan; what it does not hold is said."""
     for size, flags in SIZES:
@@ -201,6 +217,7 @@ PARTS = {
     "prefill": prefill,
     "batch": batch,
     "share": share,
+    "kernels": kernels,
     "sizes": sizes,
     "peers": peers,
     "peers_quant": peers_quant,

@@ -1,11 +1,12 @@
 """What benchmarks/gpu.py asks of the device beside whole runs, each in a process of its own; the answer is JSON.
 
-    python benchmarks/gpu_side.py ceiling|products|share|layers '{"size": "7B", "device": "cuda", ...}'
+    python benchmarks/gpu_side.py ceiling|products|share|layers|kernels '{"size": "7B", "device": "cuda", ...}'
 
 ceiling: how fast the device reads its memory, by the faster of two ways.
 products: the matrices of a prompt's pass, multiplied by torch alone.
 share: decode steps of one rank of several, its peers pretended.
 layers: the parallel layers at MP 1 beside torch's Linear with the same weights.
+kernels: where the time of a decode step goes.
 """
 
 import contextlib
@@ -25,10 +26,11 @@ import torch.nn.functional as F
 from pretended import pretend
 from torch import nn
 from torch.distributed import HashStore
+from torch.profiler import ProfilerActivity, profile
 
 from llama_mp.bench import BenchFlags
 from llama_mp.ceiling import COLUMNS, make_block, synchronize, together
-from llama_mp.config import ModelConfig, RunConfig, load_size
+from llama_mp.config import ModelConfig, RunConfig, SamplingConfig, load_size
 from llama_mp.kernels import activation_dtype
 from llama_mp.layout import heads_per_rank
 from llama_mp.llm import LLM
@@ -37,9 +39,11 @@ from llama_mp.machine import choose_device
 from llama_mp.measure import device_memory_bytes, device_name, median_of, repeat
 from llama_mp.model import ColumnLinear, RowLinear
 from llama_mp.parallel import connect
+from llama_mp.request import Request
 from llama_mp.world import World
 
 BESIDE = ("triton", "transformers")  # packages whose versions matter beside torch's
+PROFILED_STEPS = 32
 STACK = 4  # blocks whose matrices are measured: more than any cache holds, little beside the memory
 ROUNDS, SHORTEST_S = 7, 0.05  # a round of each way lasts at least as long
 
@@ -165,6 +169,32 @@ def recorded(calls: list[tuple[nn.Module, torch.Tensor]], device: torch.device) 
     return graph.replay
 
 
+def kernels(device: torch.device, size: str, prompt_len: int, quant: str) -> dict[str, Any]:
+    """Microseconds and launches of a decode step by kernel, the longest first; on a CPU by operation."""
+    shape = (1, prompt_len + PROFILED_STEPS + 1)
+    run = RunConfig(size=size, device=device.type, dtype="bf16", quant=quant, max_batch_size=1, max_seq_len=shape[1])
+    sampling = SamplingConfig(temperature=0, max_gen_len=PROFILED_STEPS + 1)
+    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with LLM.of_checkpoint(run, random_checkpoint(run), connect(run), codec=None) as llm:
+        for _ in range(2):  # the first warms up
+            profiler = profile(activities=[kind])
+            request = Request(id="0", prompt=list(range(prompt_len)), sampling=sampling)
+            for count, _ in enumerate(llm.serve([request], shape, frozenset())):
+                if count == 0:  # the prompt is done
+                    profiler.start()
+            profiler.stop()
+    on_gpu = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    times = {event.key: (event.self_device_time_total, event.count) for event in on_gpu}
+    if device.type == "cpu":
+        times = {event.key: (event.self_cpu_time_total, event.count) for event in profiler.key_averages()}
+    longest = sorted(times.items(), key=lambda one: -one[1][0])
+    return {
+        "busy_us": sum(taken for taken, _ in times.values()) / PROFILED_STEPS,
+        "launches": sum(count for _, count in times.values()) / PROFILED_STEPS,
+        "kernels": [[name[:80], taken / PROFILED_STEPS, count / PROFILED_STEPS] for name, (taken, count) in longest],
+    }
+
+
 def seconds_of(act: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     start = time.perf_counter()
@@ -175,7 +205,7 @@ def seconds_of(act: Callable[[], object], device: torch.device) -> float:
 
 def main() -> None:
     kind, wanted = sys.argv[1], json.loads(sys.argv[2])
-    sides = {"ceiling": ceiling, "products": products, "share": share, "layers": layers}
+    sides = {"ceiling": ceiling, "products": products, "share": share, "layers": layers, "kernels": kernels}
     device = choose_device(wanted.pop("device"), 0, 1)
     print(json.dumps(sides[kind](device, **wanted)), flush=True)
 

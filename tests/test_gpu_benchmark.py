@@ -26,6 +26,7 @@ LINES = {
     "products": {"products_s": 0.045, "products_tflops": 650.0},
     "share": {"tpot_s": 0.00125, "decode_tokens_per_s": 800.0},
     "layers": {"1_rows": 0.97, "2048_rows": 1.02},
+    "kernels": {"busy_us": 4500.0, "launches": 300.0, "kernels": [["product", 4000.0, 129.0], ["attend", 500.0, 32.0]]},
     "gpt_fast": {"decode_tokens_per_s": 190.0, "prefill_tokens_per_s": 9000.0, "ready_s": 100.0},
     "hugging_face": {"decode_tokens_per_s": 100.0, "prefill_tokens_per_s": 8000.0, "ready_s": 60.0},
 }
@@ -166,7 +167,7 @@ def test_one_rank_of_eight_takes_its_steps_alone() -> None:
 @pytest.mark.slow
 def test_every_part_but_the_sizes_runs_on_a_cpu(tmp_path: Path) -> None:
     flags = ("--device", "cpu", "--size", "smollm2-135m", "--prompt_len", "8", "--gen_len", "4", "--prefill_len", "16")
-    parts = ("--parts", "decode,quant,prefill,batch,share,peers,peers_quant")
+    parts = ("--parts", "decode,quant,prefill,batch,share,kernels,peers,peers_quant")
     done = run(sys.executable, BENCHMARKS / "gpu.py", *flags, *parts, "--out", tmp_path, timeout=600)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == []
