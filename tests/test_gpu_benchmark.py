@@ -165,13 +165,13 @@ def test_one_rank_of_eight_takes_its_steps_alone() -> None:
 
 
 @pytest.mark.slow
-def test_every_part_but_the_sizes_runs_on_a_cpu(tmp_path: Path) -> None:
+def test_parts_run_on_a_cpu(tmp_path: Path) -> None:
     flags = ("--device", "cpu", "--size", "smollm2-135m", "--prompt_len", "8", "--gen_len", "4", "--prefill_len", "16")
-    parts = ("--parts", "decode,quant,prefill,batch,share,kernels,peers,peers_quant")
+    parts = ("--parts", "decode,prefill,share,kernels,peers")
     done = run(sys.executable, BENCHMARKS / "gpu.py", *flags, *parts, "--out", tmp_path, timeout=600)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == []
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert {line["part"] for line in lines} == set(parts[1].split(","))
     assert all(line["goals"] for line in lines if not line["remarks"])
-    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert len(list((tmp_path / "runs").iterdir())) == 1
