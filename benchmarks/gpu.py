@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpu_parts import PARTS, Case, Found, Goal
-from gpu_runs import Asked, Runs
+from gpu_runs import RunFlags, Runs
 from machine import environment, write_line
 
 from llama_mp import cli
@@ -29,7 +29,7 @@ SHOWN = ("decode_tokens_per_s", "prefill_tokens_per_s", "achieved_gb_per_s", "tp
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuFlags(Asked):
+class GpuFlags(RunFlags):
     parts: str = flag(",".join(PARTS), "which, separated by commas; they run in this order")
 
     def __post_init__(self) -> None:

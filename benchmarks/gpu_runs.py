@@ -20,7 +20,7 @@ LIMIT_S = 420  # for one process: the longest compile takes half of it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked(Flags):
+class RunFlags(Flags):
     size: tuple[str, ...] = flag(("7B", "llama3-8b"), "shapes of configs/; may be given several times")
     prompt_len: int = flag(128, "tokens of the prompt before those that are decoded")
     gen_len: int = flag(256, "tokens decoded")
@@ -42,7 +42,7 @@ class Asked(Flags):
 class Runs:
     """Runs each process once, and remembers what it answered: other parts may compare with it."""
 
-    asked: Asked
+    asked: RunFlags
     answers: dict[tuple[str, ...], dict[str, Any] | RunError] = field(default_factory=dict)
 
     @property
