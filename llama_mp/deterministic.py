@@ -56,6 +56,7 @@ def go_any_way(device: torch.device, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     if device.type == "cuda":
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # torch's default
 
 
 def total(parts: Sequence[torch.Tensor]) -> torch.Tensor:

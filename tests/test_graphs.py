@@ -1,7 +1,8 @@
 """Recorded decode steps: what is recorded when, and that they compute what the steps themselves would have."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,7 +10,9 @@ from unittest.mock import patch
 import jobs
 import pytest
 import tape
+import torch
 from factory import MODELS, hugging_face, meta_tensors, write_meta
+from fake_streams import Gpu
 from ranks import Ranks
 
 from llama_mp import compiled, fused, graphs, kernels, shared_memory
@@ -142,3 +145,50 @@ def test_recorded_steps_give_the_answers_of_others(ranks: Ranks, tmp_path: Path,
         assert one.tokens == other.tokens
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     assert {rows for rows, _ in keys} >= {2, 4, 6} and {length for _, length in keys} >= {32, 64}
+
+
+# ---- order on a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Iterator[Gpu]]:
+    """Which do what streams have to do at different moments."""
+
+    def made(seed: int) -> Gpu:
+        gpu = Gpu(seed)
+        gpu.patch(monkeypatch)
+        graphs.capture_stream.cache_clear()
+        return gpu
+
+    yield map(made, range(20))
+    graphs.capture_stream.cache_clear()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_step_reads_what_lay_there_before_it(gpus: Iterator[Gpu], fails: bool) -> None:
+    """Steps between an upload and what follows: warmed up, recorded or not, and launched. Graphs end
+    when all is done, and the current stream is the old one, whatever failed."""
+    for gpu in gpus:
+        steps, outside = Steps(graphs.Recorder(torch.device("cuda"))), gpu.current_stream()
+        held, seen, expected = [1], [], [1]
+
+        def write(change: Callable[[int], int], held: list[int] = held) -> None:
+            held[0] = change(held[0])
+
+        def launch(gpu: Gpu = gpu, write: Callable = write) -> None:
+            gpu.enqueue(partial(write, lambda x: 2 * x))
+            gpu.enqueue(partial(write, lambda x: x + 3))
+            if fails and gpu.captured is not None:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        for number in range(5):
+            gpu.enqueue(partial(write, lambda x, number=number: x + number + 1))
+            steps.run("a key", launch)
+            gpu.enqueue(lambda seen=seen, held=held: seen.append(held[0]))
+            expected.append(2 * (expected[-1] + number + 1) + 3)
+            for _ in range(gpu.random.randrange(8)):
+                gpu.advance()
+        assert gpu.current_stream() is outside and bool(steps.recorded) is not fails
+        steps.close()
+        gpu.synchronize()
+        assert seen == expected[1:]
