@@ -38,9 +38,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype = torch
     if x.dtype is weight.dtype:
         return F.linear(x, weight)
     num_rows, num_cols = x.shape
-    few = num_rows <= MAX_ROWS and x.dtype is torch.float32 and weight.dtype in KINDS and num_cols % 2 == 0
-    on_cpu = x.device.type == "cpu"
-    return linear_of_few(x, weight) if on_cpu and few and load_kernels() else linear_of_many(x, weight, precision)
+    on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
+    few = on_cpu and num_rows <= MAX_ROWS and weight.dtype in KINDS and num_cols % 2 == 0
+    return linear_of_few(x, weight) if few and load_kernels() else linear_of_many(x, weight, precision)
 
 
 def linear_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

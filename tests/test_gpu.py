@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from factory import MODELS, hugging_face, meta_tensors, write_meta
 from ranks import Ranks
 
 from llama_mp import LLM, cuda
-from llama_mp.config import RunConfig, SamplingConfig
+from llama_mp.config import RunConfig, SamplingConfig, load_size
 from llama_mp.engine import Engine
 from llama_mp.graphs import GraphRunner, Launch, Recorder, Steps
 from llama_mp.locate import random_checkpoint
@@ -104,6 +105,31 @@ def test_fewer_bits_are_those_of_the_cpu(folder: Path, tokenizer_file: Path, qua
     assert all(torch.equal(held[1][name], parameter) for name, parameter in held[0].items())
     half = logits_on(DEVICE, folder, tokenizer_file, dtype="fp16", quant=quant)
     assert (half - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant", "bound"),
+    [("fp32", "none", 1e-4), ("fp32", "int8", 1e-4), ("fp32", "int4", 1e-4), ("bf16", "none", 0.03)],
+)
+@pytest.mark.parametrize("size", ["7B", "llama3-8b"])
+def test_our_kernels_equal_torchs_at_full_width(size: str, dtype: str, quant: str, bound: float) -> None:
+    """Two layers; steps of one row, of a few and of many, each with another number of positions to see."""
+    if not cuda.available(torch.device(DEVICE, 0)):
+        pytest.skip("this card is too old for our kernels")
+    run, found = RunConfig(size=size, dtype=dtype, device=DEVICE, quant=quant, eager=True), []
+    checkpoint = replace(random_checkpoint(run), config=replace(load_size(size), num_layers=2))
+    with LLM.of_checkpoint(run, checkpoint, connect(run), codec=None) as llm:
+        for available in (cuda.available, lambda device: False):
+            with patch.object(cuda, "available", available):
+                found.append(logits_of_long_rows(llm).float())
+    assert (found[0] - found[1]).abs().max() <= bound * found[1].abs().max()
+
+
+def logits_of_long_rows(llm: LLM) -> torch.Tensor:
+    leader, lengths = Leader(llm.prepare((20, 1600)), llm.world), [1500, 1, 129, *range(2, 19)]
+    logits = [leader.prefill(list(range(n)), slot=i, start=0, all_logits=False) for i, n in enumerate(lengths)]
+    leader.tokens_S[:] = torch.arange(20)
+    return torch.cat([*logits, *(leader.decode(lengths[:num_rows]) for num_rows in (1, 3, 20))])
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
