@@ -175,6 +175,9 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
     rotated = 0 if s.has_kernels else N * qk * s.e
     rotate = 0 if s.has_kernels else N * qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
     behind = N * s.H * s.D * s.e + s.product(N, s.H * s.D, s.C)
+    if s.has_kernels and s.mp == 1 and s.quant == "none":
+        # Products add to x themselves, and the normed x ends with the product that it is for.
+        return N * s.C * s.e + max(N * (s.C + 2 * s.F) * s.e, N * 3 * s.F * s.e, N * s.C * s.e + heads, heads + attend)
     attention = 2 * N * s.C * s.e + max(s.product(N, s.C, fused), heads + rotate, behind)
     swiglu = N * (3 if s.on_cpu or s.has_kernels else 4) * s.F * s.e
     down = N * s.F * s.e + s.product(N, s.F, s.C)

@@ -75,11 +75,20 @@ class RowLinear(WithoutWeights, RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.precision)
 
+    def adds(self, x: torch.Tensor) -> bool:
+        """Whether on a GPU one kernel makes the product and adds it to a residual: no other rank has a part of it, and
+        it is cuBLAS's or, of one row, ours."""
+        if get_model_parallel_world_size() > 1 or not cuda.steps_on(x.device):
+            return False
+        return x.dtype is self.weight.dtype or cuda.suits_one(x, self.weight)
+
     def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`residual` and what all ranks make of their x; by one kernel where `cuda.suits_one` says so."""
-        if get_model_parallel_world_size() == 1 and cuda.suits_one(x, self.weight):
+        """`residual`, which may be overwritten, and what all ranks make of their x."""
+        if not self.adds(x):
+            return residual + reduce(self(x))
+        if cuda.suits_one(x, self.weight):
             return cuda.product(x, self.weight, added_to=residual)
-        return residual + reduce(self(x))
+        return residual.addmm_(x, self.weight.t())
 
 
 class Embedding(WithoutWeights, VocabParallelEmbedding):
@@ -224,8 +233,8 @@ class Block(nn.Module):
         self.made: tuple[Half, Half] | None = None
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if len(x_NC) == 1 and cuda.steps_on(x_NC.device):
-            return self.of_one(x_NC, step, keys, values)
+        if cuda.steps_on(x_NC.device) and (len(x_NC) == 1 or self.attention.wo.adds(x_NC)):
+            return self.on_cuda(x_NC, step, keys, values)
         if len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
             return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
         attended_NC = reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
@@ -233,11 +242,12 @@ class Block(nn.Module):
         del attended_NC  # a pass over a prompt is planned without it
         return x_NC.add_(reduce(self.feed_forward(normed_NC)))
 
-    def of_one(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One token on a GPU: what lies around a product is done by the kernel of the product, where it can."""
+    def on_cuda(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """On a GPU what lies around a product is done by the kernel of the product, where it can."""
         attention, feed_forward = self.attention, self.feed_forward
-        heads_NE = self.attention_norm.before(attention.wqkv, x_NC)
-        x_NC = attention.wo.added_to(x_NC, attention.attend(heads_NE, step, keys, values))
+        attended_NE = attention.attend(self.attention_norm.before(attention.wqkv, x_NC), step, keys, values)
+        x_NC = attention.wo.added_to(x_NC, attended_NE)
+        del attended_NE  # a pass over a prompt is planned without it
         return feed_forward.w2.added_to(x_NC, feed_forward.hidden(x_NC, self.ffn_norm))
 
     def in_two_calls(
