@@ -3,6 +3,7 @@ the interpreter is asked for, as transformers does."""
 
 import os
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -36,10 +37,15 @@ def interpreted(function: Callable[..., Arrays], *arguments: Any) -> Arrays:
         return function(*arguments)
 
 
-def steps() -> Arrays:
+def steps(device: str = "cpu") -> Arrays:
     """What the kernels make, and what torch does in fp32, by name."""
     from llama_mp import cuda_elementwise as kernels
 
+    with torch.device(device):
+        return {name: tuple(x.float().cpu().numpy() for x in pair) for name, pair in steps_of(kernels).items()}
+
+
+def steps_of(kernels: ModuleType) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, dtype in DTYPES.items():
         for num_heads, num_kv, head_dim in HEADS:
@@ -56,7 +62,7 @@ def steps() -> Arrays:
             found[f"norm-of-sum {name} {dim}"] = kernels.rms_norm(x, weight, 1e-5, delta), norm(total, weight)
             found[f"sum {name} {dim}"] = x, total
             assert not torch.equal(x, was)
-    return {name: tuple(x.float().numpy() for x in pair) for name, pair in found.items()}
+    return found
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from llama_mp.chunks import PREFILL_CHUNK
 def plain(q_BHTD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, scale: float) -> torch.Tensor:
     """The last T tokens of L, each with itself and those before it."""
     num_tokens, length = q_BHTD.shape[2], k_BKLD.shape[2]
-    mask = torch.ones(num_tokens, length, dtype=torch.bool).tril(length - num_tokens)
+    mask = torch.ones(num_tokens, length, dtype=torch.bool, device=q_BHTD.device).tril(length - num_tokens)
     return F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
