@@ -73,7 +73,7 @@ def fake_cuda() -> Iterator[None]:
     """Within it, tensors are made on DEVICE, and computed with, by a torch of any build."""
     patches = (
         patch.object(torch, "tensor", make_tensor),
-        patch.object(torch.Tensor, "pin_memory", lambda self: torch.empty_like(self, pin_memory=True)),
+        patch.object(torch.Tensor, "pin_memory", pinned),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: OLD_CARD),
         patch.object(torch.cuda, "current_stream", lambda device=None: None),
         patch.object(torch.cuda, "Event", Event),
@@ -86,6 +86,10 @@ def fake_cuda() -> Iterator[None]:
             stack.enter_context(one)
         stack.enter_context(FakeTensorMode())
         yield
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def make_tensor(data, dtype=None, device=None, pin_memory=False) -> torch.Tensor:

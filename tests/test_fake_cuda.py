@@ -94,10 +94,11 @@ def made(config: ModelConfig, mp: int, quant: str, dtype: torch.dtype, *, graphs
 
 
 def launch(runner: Runner, world: World) -> list[torch.Tensor]:
-    """A prompt in two passes, which stands for those of four rows; three steps; a row that moves. What all this leaves:
-    on rank 0 the last of it in main memory."""
+    """A prompt in two passes, which stands for those of four rows; a step of one row, three of four; a row that moves.
+    What all this leaves: on rank 0 the last of it in main memory."""
     runner.prefill([1, 2, 3], slot=0, start=0, all_logits=False)
     logits_NV = runner.prefill([4, 5], slot=0, start=3, all_logits=True)
+    runner.decode([5])
     if not world.is_leader:
         for _ in range(3):
             runner.decode([5, 6, 7, 8])
