@@ -17,7 +17,7 @@ NORM_ELEMENTS_PER_WARP = 256  # a norm needs its whole row in one program: 8 for
 MOST_WARPS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_per_row"])  # or some prompts' lengths would compile it anew
 def rotate_and_store_kernel(
     heads,
     rotations,

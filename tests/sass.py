@@ -19,9 +19,11 @@ def instructions(
     kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], *, capability: int, num_warps: int, path: Path
 ) -> Counter[str]:
     """How often each instruction occurs, by its full name, as in LDG.E.128. `types` are those of the arguments, in
-    Triton's words; addresses and whole numbers divide by 16, as those of the shapes that matter do."""
+    Triton's words; addresses and whole numbers divide by 16, as those of the shapes that matter do, but where the
+    kernel is the same for all."""
     divisible = [["tt.divisibility", 16]]
-    whole = [name for name, kind in types.items() if kind != "fp32"]
+    alike = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    whole = [name for name, kind in types.items() if kind != "fp32" and name not in alike]
     source = ASTSource(
         kernel,
         signature={**types, **dict.fromkeys(constants, "constexpr")},

@@ -85,7 +85,6 @@ def peak_of(runner: Runner, known: list[torch.Tensor], workload: Workload, num_t
         ("llama3-8b", 1, {"dtype": "fp16", "has_kernels": False}),
         ("heads of 100", 1, {"dtype": "fp16"}),
         ("heads of 100", 1, {"dtype": "fp16", "quant": "int8"}),
-        ("heads of 100", 1, {"dtype": "fp32", "has_kernels": False}),
     ],
 )
 def test_a_prompts_passes_hold_what_is_planned(ranks: Ranks, name: str, mp: int, flags: dict[str, Any]) -> None:

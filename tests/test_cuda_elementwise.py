@@ -23,7 +23,8 @@ def check(found: Arrays, exact: set[str]) -> None:
 
 
 def test_a_prompts_logits_are_torchs() -> None:
-    for name, (computed, expected) in alone(interpreted, prompts, MODELS).items():
+    chosen = {name: MODELS[name] for name in ("mha", "gqa", "heads-9-3")}
+    for name, (computed, expected) in alone(interpreted, prompts, chosen).items():
         np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=1e-4 * abs(expected).max(), err_msg=name)
 
 
