@@ -82,26 +82,46 @@ def product(
 
     One row may be more: x is normed first by `norm`, a weight and its eps; `is_gated`: the weight holds a gate, and
     behind it an up projection, and what comes out is silu(gate) * up; the result is added to `added_to`."""
-    from llama_mp.cuda_kernels import product_of_one
-
     if len(x) > 1:
         assert norm is None and added_to is None and not is_gated
         return packed_product(x, weight)
-    num_rows, num_cols = len(weight) // 2 if is_gated else len(weight), x.shape[1]
+    num_rows = len(weight) // 2 if is_gated else len(weight)
     y = x.new_empty(1, num_rows)
+    # To norm x costs instructions too, by which int4 is bound: twice the rows share them, with nothing ahead, since
+    # registers hold no more.
+    rows, stages = (2 * ROWS, 2) if norm and weight.dtype is torch.uint8 else (ROWS, STAGES)
+    rows = rows // 2 if is_gated else rows
+    whole = num_rows // rows * rows
+    for at, in_program in ((slice(0, whole), rows), (slice(whole, num_rows), num_rows - whole)):
+        if at.start < at.stop:
+            residual = None if added_to is None else added_to[:, at]
+            num_gates = num_rows if is_gated else 0
+            product_of_rows(x, weight[at.start :], norm, residual, y[:, at], in_program, num_gates, stages)
+    return y
+
+
+def product_of_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None,
+    added_to: torch.Tensor | None,
+    y: torch.Tensor,
+    rows: int,
+    num_gates: int,
+    stages: int,
+) -> None:
+    """As many of the weight's rows as y [1, out] has columns, `rows` in a program, which divide them."""
+    from llama_mp.cuda_kernels import product_of_one  # Triton is not everywhere
+
     norm_weight, eps = norm or (None, 0.0)
     places = ELEMENTS[weight.dtype]
-    # Rows that x is normed for: it costs more than to load it, and int4's products are bound by instructions.
-    rows = 2 * ROWS if norm and weight.dtype is torch.uint8 else ROWS
-    rows = rows // 2 if is_gated else rows
-    product_of_one[(-(-num_rows // rows),)](
+    product_of_one[(y.shape[1] // rows,)](
         weight.view(torch.int32), x.contiguous(), norm_weight, added_to, y,
-        num_rows, num_cols, weight.stride(0) * weight.element_size() // VECTOR_BYTES, eps,
-        KIND=str(weight.dtype).removeprefix("torch."), PLACES=places, ROWS=rows, V=VECTORS[places], STAGES=STAGES,
-        NORMED=norm is not None, GATED=is_gated, ADDED=added_to is not None,
+        num_gates, x.shape[1], weight.stride(0) * weight.element_size() // VECTOR_BYTES, eps,
+        KIND=str(weight.dtype).removeprefix("torch."), PLACES=places, ROWS=rows, V=VECTORS[places], STAGES=stages,
+        NORMED=norm is not None, GATED=num_gates > 0, ADDED=added_to is not None,
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
-    return y
 
 
 def packed_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

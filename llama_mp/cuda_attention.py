@@ -30,33 +30,24 @@ def attend(
     that are yet to be divided go to `sums`, with the maximum and the weight in `states`, for `join_shares`."""
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     g, d = tl.arange(0, G), tl.arange(0, D)
-    width: tl.constexpr = keys_ptr.dtype.element_ty
     heads_ptr += row * (num_heads + 2 * num_kv_heads) * HEAD_DIM
     rotations_ptr += row * HEAD_DIM
     position = tl.load(positions_ptr + row)
     is_query = (g < GROUP_HEADS)[:, None] & (d < HEAD_DIM)[None, :]
     q_ptr = heads_ptr + (kv_head * GROUP_HEADS + g[:, None]) * HEAD_DIM
-    q = rotated(q_ptr, rotations_ptr, d[None, :], is_query).to(width)
+    q = rotated(q_ptr, rotations_ptr, d[None, :], is_query).to(keys_ptr.dtype.element_ty)
     keys_ptr += row * slot_stride + kv_head * HEAD_DIM + d
     values_ptr += row * slot_stride + kv_head * HEAD_DIM + d
-    most = tl.full([G], -float("inf"), tl.float32)
-    weight, sums = tl.zeros([G], tl.float32), tl.zeros([G, D], tl.float32)
-    if split == 0:
-        k_ptr = heads_ptr + (num_heads + kv_head) * HEAD_DIM
-        k = rotated(k_ptr, rotations_ptr, d, d < HEAD_DIM).to(width)
-        v = tl.load(k_ptr + num_kv_heads * HEAD_DIM + d, mask=d < HEAD_DIM, other=0).to(width)
-        tl.store(keys_ptr + position * position_stride, k, mask=d < HEAD_DIM)
-        tl.store(values_ptr + position * position_stride, v, mask=d < HEAD_DIM)
-        most = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
-        weight += 1
-        sums += v.to(tl.float32)[None, :]
+    k_ptr, at = heads_ptr + (num_heads + kv_head) * HEAD_DIM, position * position_stride
+    most, weight, sums = start_of_share(
+        q, k_ptr, k_ptr + num_kv_heads * HEAD_DIM, rotations_ptr, keys_ptr + at, values_ptr + at, d, d < HEAD_DIM,
+        scale, split == 0,
+    )  # fmt: skip
     share = tl.cdiv(tl.cdiv(position, L), num_splits) * L
-    for start in tl.range(split * share, tl.minimum((split + 1) * share, position), L, num_stages=STAGES):
-        at = start + tl.arange(0, L)
-        known = (at < position)[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(keys_ptr[None, :] + at[:, None] * position_stride, mask=known, other=0)
-        v = tl.load(values_ptr[None, :] + at[:, None] * position_stride, mask=known, other=0)
-        most, weight, sums = add_positions(q, k, v, at < position, scale, most, weight, sums)
+    first, last = split * share, tl.minimum((split + 1) * share, position)
+    most, weight, sums = add_positions(
+        q, keys_ptr, values_ptr, position_stride, first, last, scale, most, weight, sums, d < HEAD_DIM, L, STAGES
+    )
     place = row * num_heads + kv_head * GROUP_HEADS + g
     if SPLIT:
         place = place * num_splits + split
@@ -69,14 +60,39 @@ def attend(
 
 
 @triton.jit
-def add_positions(q, k, v, seen, scale, most, weight, sums):
-    """One step of a softmax whose maximum is not known yet (Milakov and Gimelshein 2018); scores count powers of 2."""
-    scores = tl.dot(q, k.trans(), input_precision="ieee") * scale
-    scores = tl.where(seen[None, :], scores, -float("inf"))
-    higher = tl.maximum(most, tl.max(scores, 1))
-    fading, parts = tl.exp2(most - higher), tl.exp2(scores - higher[:, None])
-    sums = tl.dot(parts.to(v.dtype), v, sums * fading[:, None], input_precision="ieee")
-    return higher, weight * fading + tl.sum(parts, 1), sums
+def start_of_share(q, k_ptr, v_ptr, rotations_ptr, keys_ptr, values_ptr, d, in_head, scale, is_first):
+    """The first share begins with the new key, which is rotated, and value; it stores them."""
+    most = tl.full([q.shape[0]], -float("inf"), tl.float32)
+    weight, sums = tl.zeros([q.shape[0]], tl.float32), tl.zeros(q.shape, tl.float32)
+    if is_first:
+        k = rotated(k_ptr, rotations_ptr, d, in_head).to(keys_ptr.dtype.element_ty)
+        v = tl.load(v_ptr + d, mask=in_head, other=0).to(values_ptr.dtype.element_ty)
+        tl.store(keys_ptr, k, mask=in_head)
+        tl.store(values_ptr, v, mask=in_head)
+        most = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+        weight, sums = weight + 1, sums + v.to(tl.float32)[None, :]
+    return most, weight, sums
+
+
+@triton.jit
+def add_positions(
+    q, keys_ptr, values_ptr, position_stride, first, last, scale, most, weight, sums, in_head,
+    L: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Positions `first` to `last` - 1 of a softmax whose maximum is not known yet (Milakov and Gimelshein 2018). Scores
+    count powers of 2."""
+    for start in tl.range(first, last, L, num_stages=STAGES):
+        at = start + tl.arange(0, L)
+        seen = at < last
+        k = tl.load(keys_ptr[None, :] + at[:, None] * position_stride, mask=seen[:, None] & in_head[None, :], other=0)
+        scores = tl.dot(q, k.trans(), input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        fading, parts = tl.exp2(most - higher), tl.exp2(scores - higher[:, None])
+        v = tl.load(values_ptr[None, :] + at[:, None] * position_stride, mask=seen[:, None] & in_head[None, :], other=0)
+        sums = tl.dot(parts.to(v.dtype), v, sums * fading[:, None], input_precision="ieee")
+        most, weight = higher, weight * fading + tl.sum(parts, 1)
+    return most, weight, sums
 
 
 @triton.jit

@@ -52,13 +52,13 @@ def by_place(x, V: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def row_sum(sums, total, w_row_ptr, row_vectors, KIND: tl.constexpr):
-    """Of a row's `sums`; `total`: the sums of x. A row of int8 ends with its scale."""
+def row_sum(sums, total, end, KIND: tl.constexpr):
+    """Of a row's `sums`; `total`: the sums of x. A row of int8 has its scale before its `end`."""
     if KIND == "int8":
         sums = (sums - 1.5 * total) * 256
     y = tl.sum(tl.sum(sums, 1), 0)
     if KIND == "int8":
-        y *= tl.load(w_row_ptr + row_vectors * 4 - 1).to(tl.float32, bitcast=True)
+        y *= tl.load(end - 1).to(tl.float32, bitcast=True)
     return y
 
 
@@ -111,12 +111,13 @@ def add_vectors(
 
 @triton.jit
 def product_of_one(
-    w_ptr, x_ptr, norm_ptr, residual_ptr, y_ptr, num_rows, num_cols, row_vectors, eps,
+    w_ptr, x_ptr, norm_ptr, residual_ptr, y_ptr, num_gates, num_cols, row_vectors, eps,
     KIND: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
     NORMED: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T for ROWS rows of W. NORMED: x is divided by its root mean square, and times `norm`, first. GATED: W has
-    another `num_rows`, and y becomes silu(y) times theirs. ADDED: `residual` is added. PLACES: elements of a word.
+    """y = x W^T for ROWS rows of W. NORMED: x is divided by its root mean square, and times `norm`, first. GATED: of W
+    `num_gates` rows further on there is another, and y becomes silu(y) times what it makes. ADDED: `residual` is added.
+    PLACES: elements of a word.
 
     Rows are tuples, not a dimension: Triton 3.6 would convert x anew for each."""
     ALL: tl.constexpr = 2 * ROWS if GATED else ROWS
@@ -133,31 +134,38 @@ def product_of_one(
         total += of_chunk
         grown = ()
         for i in tl.static_range(ALL):
-            w_row_ptr = row_of(w_ptr, row + i % ROWS, num_rows, i >= ROWS, row_vectors)
+            w_row_ptr = w_ptr + (row + i % ROWS + i // ROWS * num_gates).to(tl.int64) * row_vectors * 4
             found = add_vectors(sums[i], w_row_ptr, start, num_vectors, x, of_chunk, one, V, KIND, PLACES)
             grown = grown + (found,)  # noqa: RUF005
         sums = grown
     factor = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / num_cols + eps) if NORMED else 1.0
     for i in tl.static_range(ROWS):
-        y = factor * row_sum(sums[i], total, row_of(w_ptr, row + i, num_rows, False, row_vectors), row_vectors, KIND)
+        end = w_ptr + (row + i + 1).to(tl.int64) * row_vectors * 4
+        y = factor * row_sum(sums[i], total, end, KIND)
         if GATED:
-            w_row_ptr = row_of(w_ptr, row + i, num_rows, True, row_vectors)
-            y *= tl.sigmoid(y) * (factor * row_sum(sums[ROWS + i], total, w_row_ptr, row_vectors, KIND))
+            end += num_gates.to(tl.int64) * row_vectors * 4
+            y *= tl.sigmoid(y) * (factor * row_sum(sums[ROWS + i], total, end, KIND))
         if ADDED:
-            y += tl.load(residual_ptr + row + i, mask=row + i < num_rows, other=0).to(tl.float32)
-        tl.store(y_ptr + row + i, y.to(y_ptr.dtype.element_ty), mask=row + i < num_rows)
-
-
-@triton.jit
-def row_of(w_ptr, row, num_rows, IN_SECOND_HALF: tl.constexpr, row_vectors):
-    """Where a row begins; the last one, for those beyond it."""
-    row = tl.minimum(row, num_rows - 1)
-    if IN_SECOND_HALF:
-        row += num_rows
-    return w_ptr + row.to(tl.int64) * row_vectors * 4
+            y += tl.load(residual_ptr + row + i).to(tl.float32)
+        tl.store(y_ptr + row + i, y.to(y_ptr.dtype.element_ty))
 
 
 # ---- several rows of x, packed weights ---------------------------------------------------------------------------
+
+
+@triton.jit
+def unpacked(
+    codes, w_row_ptrs, vectors, num_vectors, width: tl.constexpr, ROWS: tl.constexpr, V: tl.constexpr
+):  # fmt: skip
+    """The weights of the low halves of int4's `codes` [ROWS, 16 V], and those of the high ones."""
+    ranges_ptr = w_row_ptrs.to(tl.pointer_type(tl.float16))[:, None] + num_vectors * 8 + vectors[None, :] * 2
+    known = (vectors < num_vectors)[None, :]
+    scale = tl.load(ranges_ptr, mask=known, other=0).to(tl.float32)[:, :, None]
+    offset = tl.load(ranges_ptr + 1, mask=known, other=0).to(tl.float32)[:, :, None]
+    of_group = codes.reshape(ROWS, V, 16)
+    low = (of_group & 15).to(tl.float32) * scale + offset
+    high = (of_group >> 4).to(tl.float32) * scale + offset
+    return low.to(width).reshape(ROWS, 16 * V), high.to(width).reshape(ROWS, 16 * V)
 
 
 @triton.jit
@@ -187,16 +195,10 @@ def product_of_several(
         low = start * ELEMENTS + bytes_of // 16 * ELEMENTS + bytes_of % 16
         x = tl.load(x_row_ptrs[:, None] + low[None, :], mask=there & (low < num_cols)[None, :], other=0)
         if w_ptr.dtype.element_ty == tl.uint8:
-            ranges_ptr = w_row_ptrs.to(tl.pointer_type(tl.float16))[:, None] + num_vectors * 8 + vectors[None, :] * 2
-            known = (vectors < num_vectors)[None, :]
-            scale = tl.load(ranges_ptr, mask=known, other=0).to(tl.float32)[:, :, None]
-            offset = tl.load(ranges_ptr + 1, mask=known, other=0).to(tl.float32)[:, :, None]
-            of_group = codes.reshape(ROWS, V, 16)
+            w, high = unpacked(codes, w_row_ptrs, vectors, num_vectors, width, ROWS, V)
             in_row = (low + 16 < num_cols)[None, :]
             high_x = tl.load(x_row_ptrs[:, None] + low[None, :] + 16, mask=there & in_row, other=0)
-            high = ((of_group >> 4).to(tl.float32) * scale + offset).to(width).reshape(ROWS, 16 * V)
             sums = tl.dot(high_x, high.trans(), sums, input_precision="ieee")
-            w = ((of_group & 15).to(tl.float32) * scale + offset).to(width).reshape(ROWS, 16 * V)
         else:
             w = codes.to(width)
         sums = tl.dot(x, w.trans(), sums, input_precision="ieee")

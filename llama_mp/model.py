@@ -233,9 +233,10 @@ class Block(nn.Module):
         self.made: tuple[Half, Half] | None = None
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if cuda.steps_on(x_NC.device) and (len(x_NC) == 1 or self.attention.wo.adds(x_NC)):
-            return self.on_cuda(x_NC, step, keys, values)
-        if len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
+        if cuda.steps_on(x_NC.device):
+            if len(x_NC) == 1 or self.attention.wo.adds(x_NC):
+                return self.on_cuda(x_NC, step, keys, values)
+        elif len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
             return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
         attended_NC = reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
         x_NC, normed_NC = self.ffn_norm.of_sum(x_NC, attended_NC)
