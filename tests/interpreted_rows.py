@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from llama_mp import fused
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig
+from llama_mp.layers import RowLinear
 from llama_mp.memory import run_time_shards
-from llama_mp.model import RowLinear, build, fill
+from llama_mp.model import build, fill
 from llama_mp.rope import rotate
 from llama_mp.runner import Runner
 

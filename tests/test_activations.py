@@ -12,6 +12,7 @@ from ranks import Ranks
 
 import llama_mp.activations
 import llama_mp.kernels
+import llama_mp.layers
 import llama_mp.model
 from llama_mp.activations import choice_bytes, prefill_bytes, rotation_bytes, sizes_of
 from llama_mp.cache import KVCache
@@ -68,7 +69,8 @@ def peaks(name: str, dtype: str, fast_bf16: bool) -> dict[str, int] | None:
     cache = KVCache.allocate(config, mp, num_slots=4, max_seq_len=LENGTH, dtype=kind, device=CPU)
     rotations, runner = allocated(lambda: Runner(config, model, cache))
     in_bf16 = patch.object(llama_mp.kernels, "has_fast_bf16", lambda: fast_bf16)
-    with in_bf16, patch.object(llama_mp.model, "reduce", settled_sum):
+    settled = [patch.object(module, "reduce", settled_sum) for module in (llama_mp.model, llama_mp.layers)]
+    with in_bf16, settled[0], settled[1]:
         runner.prefill([1, 2], slot=0, start=0, all_logits=False)  # what is made once, by the first pass
         first, _ = allocated(lambda: runner.prefill([7] * 400, slot=0, start=0, all_logits=False))
         second, _ = allocated(lambda: runner.prefill([7] * 200, slot=0, start=400, all_logits=False))

@@ -12,6 +12,7 @@ from live import Live
 from ranks import Ranks
 
 import llama_mp.causal
+import llama_mp.layers
 import llama_mp.model
 import llama_mp.runner
 from llama_mp import cuda
@@ -68,6 +69,7 @@ def peak_of(runner: Runner, known: list[torch.Tensor], workload: Workload, num_t
         patch.multiple("llama_mp.cuda_elementwise", **nothing),
         patch.object(llama_mp.causal, "can_use_flash_attention", lambda _: has_flash),
         patch.object(llama_mp.model, "reduce", lambda x: x),
+        patch.object(llama_mp.layers, "reduce", lambda x: x),
         patch.object(llama_mp.runner, "gather_columns", lambda x: x),
         Live(known) as live,
     ):

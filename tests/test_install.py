@@ -34,6 +34,7 @@ WITH_TORCH = [
     "llama_mp.graphs",
     "llama_mp.runner",
     "llama_mp.model",
+    "llama_mp.layers",
     "llama_mp.quantizer",
     "llama_mp.causal",
     "llama_mp.fused",
