@@ -282,13 +282,14 @@ class LLM:
 
     @property
     def depth(self) -> int:
-        """Steps that a GPU may be ahead of the host. On a CPU a step is done when it returns."""
-        return 1 if self.world.device.type == "cuda" and not self.run.deterministic else 0
+        """Steps that a GPU may be ahead of the host. On a CPU a step is done when it returns; one that waits for blocks
+        is so long that a token should not wait for the next."""
+        return 1 if self.world.device.type == "cuda" and not self.run.deterministic and self.store is None else 0
 
     @property
     def records_graphs(self) -> bool:
-        """Whether decode steps become CUDA graphs, which blocks that come and go cannot be part of."""
-        return self.depth > 0 and not self.run.eager and self.store is None
+        """Whether decode steps become CUDA graphs: not where blocks come and go."""
+        return self.depth > 0 and not self.run.eager
 
     @property
     def shows_progress(self) -> bool:
