@@ -26,7 +26,8 @@ MAX_ROWS = 64  # of a product with packed weights: from there on arithmetic coun
 
 # An H100 reads 3.35 TB/s some 700 ns after it was asked: 18 KB have to be on their way to each multiprocessor at all
 # times. A program of four warps asks for chunks of 16 KB, two of them ahead, and 4 or 5 programs fit beside each other.
-# Each vector of x is made fp32 once for 8 rows of a weight: for fewer, instructions would count.
+# Each vector of x is made fp32 once for 8 rows of a weight: for fewer, instructions would count. By the compiled code a
+# weight takes 4 of them in bf16, 5 in int8 and int4; an H100 issues 17, 8.5 and 5.4 while it reads one.
 ROWS, WARPS, STAGES = 8, 4, 3
 # Vectors of a row in a chunk, by the elements of a word: for int4 half as many, or registers would be the limit, and
 # the 4096 columns of 7B one chunk, with none to run ahead.

@@ -118,7 +118,7 @@ def check(found: dict[str, compiled_for.Built]) -> None:
 
 def test_compiled_without_spills_and_with_copies_of_16_bytes(tmp_path: Path) -> None:
     """The kernels that a step of 7B in bf16 starts most, for an H100."""
-    found = alone(compiled_for.kernels_of_7b, 90, tmp_path, ["product_of_one bf16 normed", "attend"])
+    found = alone(compiled_for.kernels_of_7b, 90, tmp_path, ["product_of_one bf16 normed", "attend 1"])
     assert len(found) == 2
     check(found)
 
