@@ -95,7 +95,8 @@ def test_not_where_torchs_algorithms_are_to_be_deterministic(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("num_programs", "length", "expected"), [(32, 4096, 9), (32, 384, 3), (8, 100, 1), (2048, 4096, 1)]
+    ("num_programs", "length", "expected"),
+    [(32, 4096, 9), (32, 384, 3), (8, 100, 1), (1, 1 << 20, 64), (2048, 4096, 1)],
 )
 def test_shares_of_attention_fill_a_card_and_no_more(
     monkeypatch: pytest.MonkeyPatch, num_programs: int, length: int, expected: int
