@@ -14,26 +14,22 @@ from llama_mp.compiled import say_once
 
 MIN_CAPABILITY = (8, 0)  # copies from memory to shared memory that run ahead by themselves, and bf16
 VECTOR_BYTES = 16  # what a thread loads at once: each row of a weight has to begin at a multiple of it
-ELEMENTS = {
-    torch.float32: 1,
-    torch.bfloat16: 2,
-    torch.float16: 2,
-    torch.int8: 4,
-    torch.uint8: 8,
-}  # of a word of 4 bytes
+# Of a word of 4 bytes.
+ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2, torch.int8: 4, torch.uint8: 8}
 PACKED = (torch.int8, torch.uint8)
 MAX_ROWS = 64  # of a product with packed weights: from there on arithmetic counts
 
 # An H100 reads 3.35 TB/s some 700 ns after it was asked: 18 KB have to be on their way to each multiprocessor at all
-# times. A program of four warps asks for chunks of 16 KB, two of them ahead, and 4 or 5 programs fit beside each other.
-# Each vector of x is made fp32 once for 8 rows of a weight: for fewer, instructions would count.
+# times. A program of four warps holds two chunks of 16 KB, one of them on its way; 3 to 6 programs fit side by side.
+# Each vector of x is made fp32 once for 8 rows of a weight: for fewer, instructions would count. By the compiled code a
+# weight takes 4 of them in bf16, 5 in int8 and int4; an H100 issues 17, 8.5 and 5.4 while it reads one.
 ROWS, WARPS, STAGES = 8, 4, 3
 # Vectors of a row in a chunk, by the elements of a word: for int4 half as many, or registers would be the limit, and
 # the 4096 columns of 7B one chunk, with none to run ahead.
 VECTORS = {1: 128, 2: 128, 4: 128, 8: 64}
 TILE_BYTES = 16384  # of keys, of values, or of several rows of x at once: all that is ahead fits into shared memory
 LEAST_OF_DOT = 16  # the least side of a matrix that matrix units multiply
-MIN_SHARE = 128  # positions: less is not worth a program
+MIN_SHARE, MAX_SHARES = 128, 64  # less positions are not worth a program; registers to join more of them
 PROGRAMS_PER_PROCESSOR = 2  # of attention, in flight together
 LOG2_E = math.log2(math.e)
 
@@ -172,7 +168,7 @@ def attend(
     if num_splits > 1:
         cuda_attention.join_shares[(num_rows * num_heads,)](
             sums, states, y_NHD, num_splits,
-            HEAD_DIM=head_dim, D=width, SPLITS=power_of_two(num_splits), num_warps=1, enable_fp_fusion=True,
+            HEAD_DIM=head_dim, D=width, SPLITS=power_of_two(num_splits), num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return y_NHD
 
@@ -180,7 +176,7 @@ def attend(
 def splits(num_programs: int, length: int, device: torch.device) -> int:
     """Of a row's positions, `length` at most, where `num_programs` would run without: enough to fill the card."""
     wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors(device) // num_programs)
-    return max(1, min(wanted, -(-length // MIN_SHARE)))
+    return max(1, min(wanted, -(-length // MIN_SHARE), MAX_SHARES))
 
 
 @functools.cache

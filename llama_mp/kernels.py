@@ -32,7 +32,8 @@ def activation_dtype(weight: torch.Tensor) -> torch.dtype:
 def linear(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
     """x [N, in] times the transpose of `weight` [out, in], which may be packed (quant.py), in the type of x.
 
-    Where `precision`, the run's, is bf16, the factors of many rows may be rounded to it; sums are fp32 in any case."""
+    Where `precision`, the run's, is bf16, the factors of many rows may be rounded to it; sums are fp32 in any case.
+    On a GPU the type of x is what those of several rows are rounded to, but for the codes of int8, which are exact."""
     if cuda.suits(x, weight):
         return cuda.product(x, weight)
     if x.dtype is weight.dtype:

@@ -45,7 +45,7 @@ def kernels_of_7b(capability: int, cache: Path, names: Collection[str] = ()) -> 
     found = {}
     for name, start in starts().items():
         if not names or name in names:
-            module, kernel = cuda_attention if name == "attend" else cuda_kernels, name.split()[0]
+            module, kernel = cuda_attention if name.startswith("attend") else cuda_kernels, name.split()[0]
             with patch.object(module, kernel, Recorder(getattr(module, kernel))) as recorder:
                 start()
             found[name] = built(recorder, capability)
@@ -71,9 +71,10 @@ def starts() -> dict[str, Any]:
         if kind != "bf16":
             for rows in (2, 64):
                 found[f"product_of_several {kind} {rows}"] = lambda w=fused, n=rows: cuda.product(empty(n, DIM), w)
-    cache, heads = empty(1, 512, NUM_HEADS, HEAD_DIM), empty(1, 3 * NUM_HEADS, HEAD_DIM)
-    rotations, positions = empty(1, 1, HEAD_DIM // 2, dtype=torch.complex64), empty(1, dtype=torch.int64)
-    found["attend"] = lambda: cuda.attend(heads, rotations, cache, cache, positions)
+    for rows in (1, 64):  # in several shares, and in one
+        cache, heads = empty(rows, 512, NUM_HEADS, HEAD_DIM), empty(rows, 3 * NUM_HEADS, HEAD_DIM)
+        more = empty(rows, 1, HEAD_DIM // 2, dtype=torch.complex64), cache, cache, empty(rows, dtype=torch.int64)
+        found[f"attend {rows}"] = lambda heads=heads, more=more: cuda.attend(heads, *more)
     return found
 
 

@@ -95,7 +95,8 @@ def test_not_where_torchs_algorithms_are_to_be_deterministic(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("num_programs", "length", "expected"), [(32, 4096, 9), (32, 384, 3), (8, 100, 1), (2048, 4096, 1)]
+    ("num_programs", "length", "expected"),
+    [(32, 4096, 9), (32, 384, 3), (8, 100, 1), (1, 1 << 20, 64), (2048, 4096, 1)],
 )
 def test_shares_of_attention_fill_a_card_and_no_more(
     monkeypatch: pytest.MonkeyPatch, num_programs: int, length: int, expected: int
@@ -118,7 +119,7 @@ def check(found: dict[str, compiled_for.Built]) -> None:
 
 def test_compiled_without_spills_and_with_copies_of_16_bytes(tmp_path: Path) -> None:
     """The kernels that a step of 7B in bf16 starts most, for an H100."""
-    found = alone(compiled_for.kernels_of_7b, 90, tmp_path, ["product_of_one bf16 normed", "attend"])
+    found = alone(compiled_for.kernels_of_7b, 90, tmp_path, ["product_of_one bf16 normed", "attend 1"])
     assert len(found) == 2
     check(found)
 
