@@ -39,13 +39,34 @@ def available(device: torch.device) -> bool:
     """Whether our kernels run on `device`. What is lost on a GPU where they do not is said once."""
     if device.type != "cuda" or not torch.cuda.is_available():  # a device that torch pretends, to try shapes
         return False
-    if importlib.util.find_spec("triton") is None:
-        say_once("torch's own operations are used, since there is no Triton: decoding is slower; pip install triton")
-        return False
+    why = obstacle(device)
+    if why is not None:
+        say_once(f"torch's own operations are used, since {why}: decoding is slower")
+    return why is None
+
+
+def obstacle(device: torch.device) -> str | None:
+    """What keeps our kernels from a GPU."""
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        say_once("torch's own operations are used, since ours need a newer card: decoding is slower")
-        return False
-    return True
+        return "ours need a newer card"
+    if importlib.util.find_spec("triton") is None:
+        return "there is no Triton (pip install triton)"
+    try:
+        try_one(device)
+    except Exception as error:  # no C compiler, no Python.h, no room for a cache, a card that Triton does not know yet
+        first = next(iter(str(error).strip().splitlines()), "")
+        return f"Triton does not run here ({type(error).__name__}: {first})"
+    return None
+
+
+def try_one(device: torch.device) -> None:
+    """Compile the least of our kernels and run it. Raises what kept it from that."""
+    from llama_mp.cuda_kernels import set_to_one
+
+    number = torch.zeros(1, device=device)
+    set_to_one[(1,)](number)
+    if number.item() != 1:
+        raise RuntimeError("a kernel left no trace")
 
 
 def steps_on(device: torch.device) -> bool:

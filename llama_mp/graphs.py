@@ -125,7 +125,7 @@ class GraphRunner(Runner):
         num_rows = num_rows_for(count, self.cache.num_slots)
         self.positions_S[:num_rows] = upload([*positions, *[0] * (num_rows - count)], self.device)
         # Our own kernels read of each row what it has; torch's read a length that a graph fixes, behind a mask.
-        whole = cuda.available(self.device)
+        whole = cuda.steps_on(self.device)
         length = self.cache.max_seq_len if whole else length_for(max(positions) + 1, self.cache.max_seq_len)
         with liveness.step():
             self.steps.run((num_rows, length), partial(self.step_in_place, num_rows, length, is_ragged=not whole))

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import compiled_for
 import interpreted
@@ -81,10 +82,21 @@ def test_an_older_card_is_left_to_torch(
     card: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(cuda, "try_one", lambda device: None)
     assert cuda.steps_on(card) and capsys.readouterr().err == ""
     cuda.available.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not cuda.steps_on(card) and "a newer card" in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_compile_is_left_to_torch(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(cuda, "try_one", Mock(side_effect=RuntimeError("Failed to find C compiler.\nMore of it")))
+    assert not cuda.steps_on(card)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "does not run here (RuntimeError: Failed to find C compiler.)" in said
 
 
 def test_not_where_torchs_algorithms_are_to_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
