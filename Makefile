@@ -1,6 +1,6 @@
 # The two commands of a new machine, and those of a developer. Everything is installed into .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-slurm lint bench bench-all-reduce bench-cpu bench-offload bench-plan bench-quality bench-reshard clean
+.PHONY: help demo test test-slow test-slurm lint bench bench-all-reduce bench-cpu bench-gpu bench-offload bench-plan bench-quality bench-reshard clean
 
 # The first of these that runs; name another one with `make demo PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c '' 2>/dev/null && echo $(python))))
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-slurm     the tests on a SLURM cluster, which they start on this machine: as root, slurm-wlm and munge'
 	@echo 'make lint           style: ruff check, ruff format --check'
 	@echo 'make bench-cpu      (or make bench) the CPU beside Hugging Face and llama.cpp, where llama-cpp-python is installed'
+	@echo 'make bench-gpu      a GPU beside its memory, cuBLAS, Hugging Face, and gpt-fast where GPT_FAST names its folder'
 	@echo 'make bench-all-reduce  sums over ranks through shared memory beside gloo'
 	@echo 'make bench-reshard  resharding beside cp and a short script; 13 GB of disk and of memory'
 	@echo 'make bench-offload  blocks from the disk, and to a GPU, beside the rates of disk and bus'
@@ -54,6 +55,9 @@ bench-all-reduce: .venv/.installed-demo
 
 bench-cpu: .venv/.installed-test
 	$(PY) benchmarks/cpu.py
+
+bench-gpu: .venv/.installed-test
+	$(PY) benchmarks/gpu.py $(if $(GPT_FAST),--gpt_fast "$(GPT_FAST)")
 
 bench-reshard: .venv/.installed-test
 	$(PY) benchmarks/reshard.py

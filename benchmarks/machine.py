@@ -37,6 +37,11 @@ def environment(*peers: ModuleType) -> dict[str, Any]:
 
 def keep(name: str, result: dict[str, Any]) -> None:
     """Append `result` to benchmarks/results/NAME.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
+    write_line(RESULTS / f"{name}.jsonl", result)
+
+
+def write_line(path: Path, result: dict[str, Any]) -> None:
+    """Append `result` in JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         file.write(json.dumps(result) + "\n")

@@ -23,7 +23,16 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args,
 
 import fire
 
-from llama_mp.errors import DONE, RUN_FAILED, RequestError, did_you_mean, log_as_json, rank_zero_speaks, report
+from llama_mp.errors import (
+    DONE,
+    RUN_FAILED,
+    RequestError,
+    did_you_mean,
+    leave,
+    log_as_json,
+    rank_zero_speaks,
+    report,
+)
 from llama_mp.stdout import drop_unwritable_output, is_broken_stdout, naming_stdout
 
 HELP_WIDTH = 100  # columns
@@ -307,4 +316,4 @@ def main(
             if not is_broken_stdout(error):
                 code = report(naming_stdout(error))
     drop_unwritable_output()
-    sys.exit(code)
+    leave(code)

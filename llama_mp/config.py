@@ -152,6 +152,7 @@ class RunConfig(Flags):
     device_memory_gib: float | None = flag(None, "GiB a rank may take there with --offload; default: what is free")
     host_memory_gib: float | None = flag(None, "GiB of main memory for a rank's blocks; on a CPU, from disk: for all")
     deterministic: bool = flag(False, "the same bits over 1, 2, 4 and 8 ranks; slower")
+    eager: bool = flag(False, "on a GPU launch each kernel by itself: no CUDA graphs")
     max_seq_len: int | None = flag(None, "tokens of prompt and answer that a row holds; default: from the prompts")
     max_batch_size: int = flag(8, "rows computed at once")
     step_timeout: float = flag(60.0, "seconds after which a silent rank ends the run")

@@ -37,7 +37,7 @@ from llama_mp.model import (
     set_precision,
     without_filling,
 )
-from llama_mp.parallel import all_gather
+from llama_mp.parallel import all_gather, share
 from llama_mp.runner import Runner
 from llama_mp.virtual import VIRTUAL_RANKS, played_by, slot_length
 
@@ -56,6 +56,7 @@ def go_any_way(device: torch.device, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     if device.type == "cuda":
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # torch's default
 
 
 def total(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -150,9 +151,9 @@ class DeterministicRunner(Runner):
             found = [*found, logits] if all_logits else [logits]
         return None if found[0] is None else torch.cat(found)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor | None:
-        rows = zip(tokens, positions, strict=True)
-        found = [self.prefill([row[0]], slot=i, start=row[1], all_logits=False) for i, row in enumerate(rows)]
+    def decode(self, positions: Sequence[int]) -> torch.Tensor | None:
+        rows = zip(share(self.tokens_S[: len(positions)]).tolist(), positions, strict=True)
+        found = [self.prefill([token], slot=i, start=at, all_logits=False) for i, (token, at) in enumerate(rows)]
         return None if found[0] is None else torch.cat(found)
 
 

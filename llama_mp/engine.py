@@ -2,19 +2,23 @@
 
 A waiting request takes the first free slot and is prefilled; then all rows take one step at once, and a finished
 row's slot goes to the next request. Rows always occupy the slots 0 .. B - 1, so that a step reads the cache in place.
+
+A step needs no more of the one before than what that leaves on the device. So up to `depth` steps are in the air while
+the host deals with the tokens that have landed; a row that turns out to have ended drops what it still gets.
 """
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llama_mp.chunks import PREFILL_CHUNK, SCORED_CHUNK
+from llama_mp.chunks import SCORED_CHUNK
 from llama_mp.request import Request
 from llama_mp.runner import Leader
-from llama_mp.sampling import Row, sample, token_logprobs, uniform
+from llama_mp.sampling import Row, check_finite, sample, token_logprobs, uniform
+from llama_mp.seen import Seen
+from llama_mp.transfer import Download, upload
 
 
 @dataclass(kw_only=True)
@@ -30,16 +34,54 @@ class Stats:
     first_token_s: float | None = None  # from the start to the first token of the first request
 
 
+@dataclass(kw_only=True, eq=False)
+class Seat:
+    """A request in its slot. Of the `num_chosen` tokens of its answer the last may still be in the air."""
+
+    request: Request
+    num_chosen: int = 0
+
+    @property
+    def position(self) -> int:
+        """Where the last token stands."""
+        return len(self.request.prompt) + self.num_chosen - 1
+
+    def next_choice(self) -> Row:
+        """How the token after the last one is chosen."""
+        sampling = self.request.sampling
+        draw = uniform(sampling.seed, self.request.id, self.position + 1) if sampling.temperature > 0 else 0.0
+        return Row(sampling=sampling, uniform=draw)
+
+    def is_full(self, max_seq_len: int) -> bool:
+        """Whether the last token is the last that may be."""
+        return is_full(self.request, self.num_chosen, max_seq_len)
+
+
+@dataclass(kw_only=True, eq=False)
+class Flight:
+    """The tokens that a pass chooses, for some seats, on their way to the host."""
+
+    seats: list[Seat]
+    tokens: Download
+    logprobs: Download | None
+    is_prefill: bool
+    num_positions: int  # of the cache, that the pass reads
+    launched_s: float
+
+
 class Engine:
     """Runs the submitted requests to their end, one `step` after the other."""
 
-    def __init__(self, runner: Leader, *, eos_ids: frozenset[int], stats: Stats | None = None) -> None:
-        """`stats`: those to add to, where several engines share them."""
-        self.runner, self.eos_ids = runner, eos_ids
+    def __init__(self, runner: Leader, *, eos_ids: frozenset[int], depth: int = 0, stats: Stats | None = None) -> None:
+        """`depth`: steps in the air while the host deals with tokens. `stats`: those to add to, where several engines
+        share them."""
+        self.runner, self.eos_ids, self.depth = runner, eos_ids, depth
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # by slot
+        self.running: list[Seat] = []  # by slot
+        self.flights: deque[Flight] = deque()
+        self.seen = Seen(runner.cache.num_slots)
         self.stats = stats or Stats()
-        self.started = time.perf_counter()
+        self.started_s = self.landed_s = time.perf_counter()
 
     def submit(self, request: Request) -> None:
         """Queue a request whose prompt leaves room in the cache for at least one token."""
@@ -48,85 +90,136 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting) or any(request.finish_reason is None for request in self.running)
+        return bool(self.waiting) or any(seat.request.finish_reason is None for seat in self.running)
 
     def step(self) -> list[Request]:
         """Fill one free slot from the queue, or else give every row one more token. Returns what moved on."""
         if self.waiting and (slot := self.free_slot()) is not None:
-            return [self.admit(self.waiting.popleft(), slot)]
+            return self.land() if self.flights else self.admit(self.waiting.popleft(), slot)
         self.close_gaps()
-        return self.decode() if self.running else []
+        while len(self.flights) <= self.depth and self.can_launch():
+            self.launch()
+        return self.land() if self.flights else []
+
+    # ---- slots -------------------------------------------------------------------------------------------------
 
     def free_slot(self) -> int | None:
         """The first slot of a finished row, or a new one; None when all are taken."""
-        finished = [slot for slot, request in enumerate(self.running) if request.finish_reason]
+        finished = [slot for slot, seat in enumerate(self.running) if seat.request.finish_reason]
         unused = range(len(self.running), self.runner.cache.num_slots)
         return next(iter([*finished, *unused]), None)
-
-    def admit(self, request: Request, slot: int) -> Request:
-        """Prefill the prompt into `slot` and choose the first token."""
-        start = time.perf_counter()
-        self.running[slot : slot + 1] = [request]
-        self.append_tokens([request], self.prefill(request, slot=slot))
-        self.stats.prefill_s += time.perf_counter() - start
-        self.stats.prefilled_tokens += len(request.prompt)
-        if self.stats.first_token_s is None:
-            self.stats.first_token_s = time.perf_counter() - self.started
-        return request
 
     def close_gaps(self) -> None:
         """Drop finished rows; the last row moves into each gap."""
         for slot in reversed(range(len(self.running))):
-            if self.running[slot].finish_reason is None:
+            if self.running[slot].request.finish_reason is None:
                 continue
             last = self.running.pop()
             if slot < len(self.running):
                 self.runner.move(len(self.running), slot, last.position)
+                self.seen.move(len(self.running), slot)
                 self.running[slot] = last
+
+    # ---- passes ------------------------------------------------------------------------------------------------
+
+    def admit(self, request: Request, slot: int) -> list[Request]:
+        """Prefill the prompt into `slot` and wait for the first token: whoever asked does, too."""
+        start, seat = time.perf_counter(), Seat(request=request)
+        self.running[slot : slot + 1] = [seat]
+        logits_1V = self.prefill(request, slot=slot)
+        self.seen.begin(slot, request, logits_1V)
+        self.choose([seat], slot, logits_1V, start_s=start, is_prefill=True)
+        return self.land()
 
     def prefill(self, request: Request, *, slot: int) -> torch.Tensor:
         """Run the prompt in chunks. Returns the logits [1, V] after its last token."""
         scored = request.sampling.prompt_logprobs
-        size = SCORED_CHUNK if scored else PREFILL_CHUNK
+        size = SCORED_CHUNK if scored else self.runner.prefill_chunk
         prompt = request.prompt
         for start in range(0, len(prompt), size):
             chunk = prompt[start : start + size]
             logits_NV = self.runner.prefill(chunk, slot=slot, start=start, all_logits=scored)
             following = prompt[start + 1 : start + size + 1]
             if scored and following:
-                ids = torch.tensor(following, device=logits_NV.device)
+                ids = upload(following, logits_NV.device)
                 request.prompt_logprobs += token_logprobs(logits_NV[: len(ids)], ids).tolist()
         return logits_NV[-1:]
 
-    def decode(self) -> list[Request]:
-        start = time.perf_counter()
-        rows = list(self.running)
-        logits_BV = self.runner.decode([row.tokens[-1] for row in rows], [row.position for row in rows])
-        self.append_tokens(rows, logits_BV)
-        self.stats.decode_s += time.perf_counter() - start
-        self.stats.decode_steps += 1
-        self.stats.decoded_tokens += len(rows)
-        self.stats.decode_positions += sum(row.position for row in rows)
-        return rows
+    def can_launch(self) -> bool:
+        """Whether every row has a next token, as far as the host knows."""
+        max_seq_len = self.runner.cache.max_seq_len
+        return bool(self.running) and not any(seat.is_full(max_seq_len) for seat in self.running)
 
-    def append_tokens(self, rows: Sequence[Request], logits_BV: torch.Tensor) -> None:
-        """Choose each row's next token, and end the rows that have come to their end."""
-        tokens_B, logprobs_B = sample(logits_BV, [choice(request) for request in rows])
-        for index, (request, token) in enumerate(zip(rows, tokens_B.tolist(), strict=True)):
-            if token in self.eos_ids:
-                request.finish_reason = "stop"
-                continue
-            request.tokens.append(token)
-            if request.sampling.logprobs:
-                request.logprobs.append(float(logprobs_B[index]))
-            full = request.position + 1 >= self.runner.cache.max_seq_len
-            if full or len(request.tokens) >= request.sampling.max_gen_len:
-                request.finish_reason = "length"
+    def launch(self) -> None:
+        """Have every row's next token computed."""
+        start, seats = time.perf_counter(), list(self.running)
+        logits_BV = self.runner.decode([seat.position for seat in seats])
+        self.choose(seats, 0, logits_BV, start_s=start, is_prefill=False)
+
+    def choose(
+        self, seats: list[Seat], first_slot: int, logits_BV: torch.Tensor, *, start_s: float, is_prefill: bool
+    ) -> None:
+        """Choose the next token of neighbouring slots, and send it on its way. The host waits for nothing."""
+        slots = slice(first_slot, first_slot + len(seats))
+        num_positions = sum(seat.position for seat in seats)
+        chosen = sample(logits_BV, [seat.next_choice() for seat in seats], self.seen.of(slots))
+        tokens_B = chosen.tokens.clamp(min=0)  # logits that are not finite end the run when they land
+        self.runner.tokens_S[slots] = tokens_B
+        self.seen.add(slots, tokens_B)
+        for seat in seats:
+            seat.num_chosen += 1
+        self.flights.append(
+            Flight(
+                seats=seats,
+                tokens=Download(chosen.tokens),
+                logprobs=None if chosen.logprobs is None else Download(chosen.logprobs),
+                is_prefill=is_prefill,
+                num_positions=num_positions,
+                launched_s=start_s,
+            )
+        )
+
+    # ---- landing -----------------------------------------------------------------------------------------------
+
+    def land(self) -> list[Request]:
+        """Wait for the tokens of the oldest flight. Returns the requests that they belong to."""
+        flight = self.flights.popleft()
+        tokens = flight.tokens.get(self.runner.wait_for).tolist()
+        logprobs = flight.logprobs.get(self.runner.wait_for).tolist() if flight.logprobs else []
+        self.count(flight)
+        check_finite(tokens)
+        moved = [seat.request for seat in flight.seats if seat.request.finish_reason is None]
+        for index, (seat, token) in enumerate(zip(flight.seats, tokens, strict=True)):
+            if seat.request.finish_reason is None:
+                self.append(seat.request, token, logprobs[index] if logprobs else 0.0)
+        return moved
+
+    def append(self, request: Request, token: int, logprob: float) -> None:
+        """One more token, or the request's end."""
+        if token in self.eos_ids:
+            request.finish_reason = "stop"
+            return
+        request.tokens.append(token)
+        if request.sampling.logprobs:
+            request.logprobs.append(logprob)
+        if is_full(request, len(request.tokens), self.runner.cache.max_seq_len):
+            request.finish_reason = "length"
+
+    def count(self, flight: Flight) -> None:
+        """Add `flight`, which has landed. The device was at it since the one before landed, or it was launched."""
+        stats, now = self.stats, time.perf_counter()
+        seconds, self.landed_s = now - max(flight.launched_s, self.landed_s), now
+        if flight.is_prefill:
+            stats.prefill_s += seconds
+            stats.prefilled_tokens += sum(len(seat.request.prompt) for seat in flight.seats)
+            stats.first_token_s = stats.first_token_s or now - self.started_s
+            return
+        stats.decode_s += seconds
+        stats.decode_steps += 1
+        stats.decoded_tokens += len(flight.seats)
+        stats.decode_positions += flight.num_positions
 
 
-def choice(request: Request) -> Row:
-    """How the token after the last one of `request` is chosen."""
-    sampling = request.sampling
-    draw = uniform(sampling.seed, request.id, request.position + 1) if sampling.temperature > 0 else 0.0
-    seen = torch.tensor(request.prompt + request.tokens) if sampling.repetition_penalty != 1 else None
-    return Row(sampling=sampling, uniform=draw, seen=seen)
+def is_full(request: Request, num_tokens: int, max_seq_len: int) -> bool:
+    """Whether an answer of so many tokens has to end."""
+    return len(request.prompt) + num_tokens >= max_seq_len or num_tokens >= request.sampling.max_gen_len

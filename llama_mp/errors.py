@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 DONE, RUN_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 SPEAK_GRACE_S = 5.0
@@ -165,6 +166,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[near[0]]}?)" if near else ""
+
+
+_is_abandoned = False
+
+
+def abandon() -> None:
+    """Let this process end without tearing down what it shares with others, who may be gone."""
+    global _is_abandoned
+    _is_abandoned = True
+
+
+def leave(code: int | str | None) -> NoReturn:
+    """End the process as sys.exit does."""
+    if _is_abandoned and isinstance(code, int):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def counted(number: int, noun: str) -> str:

@@ -7,6 +7,7 @@ Shapes: N rows, H query heads, K KV heads, D head dimension, S slots, L position
 import ctypes
 import functools
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,29 @@ def suits(x: torch.Tensor, state: torch.Tensor) -> bool:
     return on_cpu and state.dtype in KINDS and load_steps() is not None
 
 
+def for_rows(x: torch.Tensor) -> ModuleType | None:
+    """The kernels for many rows such as `x` on a GPU, if it runs them; imported here, since Triton may be missing."""
+    if not cuda.steps_on(x.device):
+        return None
+    from llama_mp import cuda_elementwise
+
+    return cuda_elementwise
+
+
+def add_and_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta, for which x may be overwritten, and its `rms_norm`."""
+    if kernels := for_rows(x):
+        return x, kernels.rms_norm(x, weight, eps, delta)
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`F.rms_norm` of x [N, C]; the weight may be of another type."""
+    if kernels := for_rows(x):
+        return kernels.rms_norm(x, weight, eps)
     if not suits(x, weight):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     x = x.contiguous()
@@ -37,6 +59,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of x [N, 2 F], which holds the gate and behind it the up projection (Shazeer 2020)."""
+    if kernels := for_rows(x):
+        return kernels.swiglu(x)
     if not suits(x, x):
         gate_NF, up_NF = x.chunk(2, dim=-1)
         return F.silu(gate_NF) * up_NF

@@ -39,7 +39,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype = torch
     if x.dtype is weight.dtype:
         return F.linear(x, weight)
     num_rows, num_cols = x.shape
-    few = num_rows <= MAX_ROWS and x.dtype is torch.float32 and weight.dtype in KINDS and num_cols % 2 == 0
+    on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
+    few = on_cpu and num_rows <= MAX_ROWS and weight.dtype in KINDS and num_cols % 2 == 0
     return linear_of_few(x, weight) if few and load_kernels() else linear_of_many(x, weight, precision)
 
 
@@ -62,8 +63,16 @@ def linear_of_many(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype
     factor, y = x.to(dtype), x.new_empty(len(x), len(weight))
     num_elements = PRODUCT_BYTES[x.device.type] // dtype.itemsize
     for start, stop in row_chunks(Span(0, len(weight)), x.shape[1], num_elements):
-        y[:, start:stop] = F.linear(factor, unpacked(weight[start:stop], x.shape[1], dtype))
+        multiply_into(y[:, start:stop], factor, unpacked(weight[start:stop], x.shape[1], dtype))
     return y
+
+
+def multiply_into(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """F.linear whose result takes the place of y, some columns of a matrix."""
+    if y.device.type == "cuda":
+        torch.mm(x, weight.t(), out=y)  # cuBLAS writes rows that stand apart
+    else:
+        y[:] = F.linear(x, weight)
 
 
 def unpacked(weight: torch.Tensor, num_cols: int, dtype: torch.dtype) -> torch.Tensor:

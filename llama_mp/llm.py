@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama_mp import cuda
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.budget import Fitting
 from llama_mp.checkpoint.load import load_shards, open_source
@@ -19,9 +20,10 @@ from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.deterministic import DETERMINISTIC, ORDINARY, go_any_way, keep_to_one_way
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
-from llama_mp.errors import RequestError, counted, say, shows_progress
+from llama_mp.errors import RequestError, abandon, counted, say, shows_progress
 from llama_mp.flags import checked
 from llama_mp.fused import load_steps
+from llama_mp.graphs import GraphRunner
 from llama_mp.kernels import load_kernels
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import PeakMemory, choose_dtype, free_room, threads_per_rank
@@ -90,6 +92,7 @@ class LLM:
         self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
         self.closed, self.shape = False, (0, 0)  # slots and positions of the largest cache
         self.store: Store | None = None  # of blocks that wait elsewhere
+        self.runner: Runner | None = None  # of the last cache
         try:
             self.load(codec, answers)
         except BaseException:
@@ -111,7 +114,8 @@ class LLM:
                 self.codec.check_vocabulary(self.config.vocab_size)
             self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
         world.agree("precision", str(self.dtype), "give --dtype")
-        self.fitting = Fitting(self.run, self.config, world.size, DTYPE_NAMES[self.dtype], world.device.type)
+        dtype, kind = DTYPE_NAMES[self.dtype], world.device.type
+        self.fitting = Fitting(self.run, self.config, world.size, dtype, kind, has_kernels=cuda.available(world.device))
         shape, largest = world.tell([self.shape_for(answers), self.largest_shape(answers)])
         with world.together():
             self.fitting.settle(largest, free_room(world.device, world.local_size))
@@ -199,7 +203,7 @@ class LLM:
         """Rank 0: run `requests` to their end in a cache of `shape`; each one whenever it moved on. The others
         `follow`."""
         leader = Leader(self.prepare(self.world.tell(list(shape))), self.world)
-        engine = Engine(leader, eos_ids=eos_ids, stats=self.stats)
+        engine = Engine(leader, eos_ids=eos_ids, depth=self.depth, stats=self.stats)
         for request in requests:
             engine.submit(request)
         try:
@@ -209,6 +213,10 @@ class LLM:
                 yield from moved
         except GeneratorExit:  # the caller has had enough; after any other error the ranks are not in step
             leader.stop()
+            raise
+        except Exception:
+            if self.world.size == 1:
+                self.close_runner()  # what is in its cache may not be finite, and would spoil the next answers
             raise
         leader.stop()
 
@@ -227,8 +235,12 @@ class LLM:
         self.world.tell(None)
 
     def prepare(self, shape: Sequence[int]) -> Runner:
-        """A runner over a cache of (slots, positions) `shape`."""
+        """A runner over a cache of (slots, positions) `shape`, or of more positions: the one before, if it has as many,
+        and with it the graphs that it recorded."""
         num_slots, max_seq_len = shape
+        if self.runner and self.runner.cache.num_slots == num_slots and self.runner.cache.max_seq_len >= max_seq_len:
+            return self.runner
+        self.close_runner()
         self.shape = max(self.shape, (num_slots, max_seq_len), key=math.prod)
         with self.world.together():
             self.check_fits(shape)
@@ -240,7 +252,14 @@ class LLM:
                 dtype=self.dtype,
                 device=self.world.device,
             )
-            return self.mode.runner(self.config, self.model, cache)
+            make = GraphRunner if self.records_graphs else self.mode.runner
+            self.runner = make(self.config, self.model, cache)
+        return self.runner
+
+    def close_runner(self) -> None:
+        if self.runner:
+            self.runner.close()
+        self.runner = None
 
     def shape_for(self, answers: Sequence[Answer]) -> list[int]:
         """Slots and positions of the cache that `answers` need."""
@@ -262,6 +281,17 @@ class LLM:
     # ---- around it ---------------------------------------------------------------------------------------------
 
     @property
+    def depth(self) -> int:
+        """Steps that a GPU may be ahead of the host. On a CPU a step is done when it returns; one that waits for blocks
+        is so long that a token should not wait for the next."""
+        return 1 if self.world.device.type == "cuda" and not self.run.deterministic and self.store is None else 0
+
+    @property
+    def records_graphs(self) -> bool:
+        """Whether decode steps become CUDA graphs: not where blocks come and go."""
+        return self.depth > 0 and not self.run.eager
+
+    @property
     def shows_progress(self) -> bool:
         return self.world.is_leader and shows_progress()
 
@@ -275,10 +305,10 @@ class LLM:
 
     def free(self) -> None:
         """Free the weights: the ranks are left for another model."""
-        self.model = None
+        self.close_runner()
         if self.store:
-            self.store.close()
-        self.store = None
+            self.store.close()  # nothing comes to the model's slots any more
+        self.model = self.store = None
         self.peak_memory.close()
         if self.run.deterministic:
             go_any_way(self.world.device, threads_per_rank(self.world.local_size))
@@ -287,6 +317,8 @@ class LLM:
         """After a failure: one rank alone can go on with another model; several may be out of step, and end."""
         if self.world.size == 1:
             self.close()
+        elif self.world.device.type == "cuda":
+            abandon()  # NCCL's groups would wait for the others, and for every graph
 
     def __enter__(self) -> "LLM":
         return self

@@ -186,6 +186,15 @@ def reduce(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def share(tokens_N: torch.Tensor) -> torch.Tensor:
+    """Rank 0's `tokens_N`, in place. Between CPUs they have come with the message of the step."""
+    group = fairscale_groups.get_model_parallel_group()
+    if group.size() > 1 and tokens_N.device.type == "cuda":
+        with collective("broadcast"):
+            dist.broadcast(tokens_N, src=0, group=group)
+    return tokens_N
+
+
 def all_gather(x: torch.Tensor) -> list[torch.Tensor]:
     """`x` of each model-parallel rank, in their order, on all of them."""
     group = fairscale_groups.get_model_parallel_group()

@@ -17,8 +17,3 @@ class Request:
     logprobs: list[float] = field(default_factory=list)  # of `tokens`, when asked for
     prompt_logprobs: list[float] = field(default_factory=list)  # of prompt[1:], when asked for
     finish_reason: Literal["stop", "length", "error"] | None = None
-
-    @property
-    def position(self) -> int:
-        """Where the last token stands."""
-        return len(self.prompt) + len(self.tokens) - 1

@@ -17,8 +17,9 @@ from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RunError
 from llama_mp.model import Step, Transformer
-from llama_mp.parallel import gather_columns
+from llama_mp.parallel import gather_columns, share
 from llama_mp.rope import rotation_table
+from llama_mp.transfer import upload
 from llama_mp.world import World
 
 
@@ -29,6 +30,9 @@ class Runner:
         self.config, self.model, self.cache = config, model, cache
         self.device = model.norm.weight.device
         self.rotations = rotation_table(config, cache.max_seq_len, self.device).unsqueeze(1)
+        # By slot, on the device: the token chosen last, and where it stands.
+        self.tokens_S = torch.zeros(cache.num_slots, dtype=torch.int64, device=self.device)
+        self.positions_S = torch.zeros_like(self.tokens_S)
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor | None:
@@ -37,8 +41,9 @@ class Runner:
         Returns on rank 0 the logits after the last token, [1, V], or after each of them, [N, V]."""
         length = start + len(tokens)
         positions_N = torch.arange(start, length, device=self.device)
-        sees_all = len(tokens) == 1 or start == 0  # with is_causal in the second case
-        mask = None if sees_all else torch.arange(length, device=self.device) <= positions_N.unsqueeze(1)
+        is_causal, mask = len(tokens) > 1, None
+        if is_causal and start > 0 and self.device.type == "cpu":
+            is_causal, mask = False, torch.arange(length, device=self.device) <= positions_N.unsqueeze(1)
         step = Step(
             batch_size=1,
             slots_N=torch.full_like(positions_N, slot),
@@ -47,35 +52,44 @@ class Runner:
             attended_slots=slice(slot, slot + 1),
             length=length,
             mask=mask,
-            is_causal=start == 0 and len(tokens) > 1,
+            is_causal=is_causal,
         )
         with liveness.step():
-            x_NC = self.model(torch.tensor(tokens, device=self.device), step, self.cache)
+            x_NC = self.model(upload(tokens, self.device), step, self.cache)
             return self.logits(x_NC if all_logits else x_NC[-1:])
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor | None:
-        """One token for each of the slots 0 .. B - 1, at the row's own position. Returns logits [B, V] on rank 0."""
-        positions_N = torch.tensor(positions, device=self.device)
-        length = max(positions) + 1
-        mask = None
-        if min(positions) + 1 < length:
+    def decode(self, positions: Sequence[int]) -> torch.Tensor | None:
+        """A step of the slots 0 .. B - 1, whose last tokens stand at `positions`. Returns logits [B, V] on rank 0."""
+        count, length = len(positions), max(positions) + 1
+        self.positions_S[:count] = upload(positions, self.device)
+        with liveness.step():
+            return self.step(count, length, is_ragged=min(positions) + 1 < length)
+
+    def step(self, num_rows: int, length: int, *, is_ragged: bool) -> torch.Tensor | None:
+        """`decode` of what `tokens_S` and `positions_S` hold, over `length` positions of the cache. `is_ragged`: some
+        rows may see fewer."""
+        positions_N, mask = self.positions_S[:num_rows], None
+        if is_ragged:
             mask = (torch.arange(length, device=self.device) <= positions_N.unsqueeze(1))[:, None, None]
         step = Step(
-            batch_size=len(tokens),
-            slots_N=torch.arange(len(tokens), device=self.device),
+            batch_size=num_rows,
+            slots_N=torch.arange(num_rows, device=self.device),
             positions_N=positions_N,
             rotations_N1d=self.rotations[positions_N],
-            attended_slots=slice(0, len(tokens)),
+            attended_slots=slice(0, num_rows),
             length=length,
             mask=mask,
         )
-        with liveness.step():
-            return self.logits(self.model(torch.tensor(tokens, device=self.device), step, self.cache))
+        return self.logits(self.model(share(self.tokens_S[:num_rows]), step, self.cache))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let slot `target` hold what slot `source` holds in its first `length` positions."""
         self.cache.move(source, target, length)
+        self.tokens_S[target] = self.tokens_S[source]
+
+    def close(self) -> None:
+        """Give back what must not outlive the groups of ranks. No step may follow."""
 
     def logits(self, x_NC: torch.Tensor) -> torch.Tensor | None:
         logits_NV = gather_columns(self.model.logits(x_NC))
@@ -89,19 +103,29 @@ class Op(IntEnum):
 class Leader:
     """Rank 0's runner: each call is told to the followers, who make the same one.
 
-    A message is int64 on the control channel: operation, count, three arguments, then the tokens and positions."""
+    A message is int64 on the control channel: operation, count, three arguments, then what a step takes: positions, and
+    on a CPU tokens; GPUs share these by themselves. The tokens of a prompt follow in a message of their own, for steps
+    are told more often."""
 
     def __init__(self, runner: Runner, world: World) -> None:
         self.runner, self.world = runner, world
-        self.cache, self.history = runner.cache, History()
+        self.cache, self.tokens_S, self.history = runner.cache, runner.tokens_S, History()
+        self.prefill_chunk = PREFILL_CHUNK[runner.device.type]  # the most tokens that `prefill` takes
 
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
-        self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), tokens)
+        self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), ())
+        if self.world.size > 1:
+            self.history.pass_on(torch.tensor(tokens))
         return self.runner.prefill(tokens, slot=slot, start=start, all_logits=all_logits)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        self.tell(Op.DECODE, len(tokens), (0, 0, 0), [*tokens, *positions])
-        return self.runner.decode(tokens, positions)
+    def decode(self, positions: Sequence[int]) -> torch.Tensor:
+        tokens = [] if self.tokens_S.device.type == "cuda" else self.tokens_S[: len(positions)].tolist()
+        self.tell(Op.DECODE, len(positions), (len(tokens), 0, 0), [*positions, *tokens])
+        return self.runner.decode(positions)
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Return when the GPU has come to `event`. Raises RunError where it does not."""
+        self.world.wait_for_device(event)
 
     def move(self, source: int, target: int, length: int) -> None:
         self.tell(Op.MOVE, 0, (source, target, length), ())
@@ -127,9 +151,12 @@ def follow(runner: Runner) -> None:
         values = message[5:]
         if op == Op.PREFILL:
             slot, start, all_logits = arguments
-            runner.prefill(values[:count].tolist(), slot=slot, start=start, all_logits=bool(all_logits))
+            history.pass_on(tokens := torch.zeros(count, dtype=torch.int64))
+            runner.prefill(tokens.tolist(), slot=slot, start=start, all_logits=bool(all_logits))
         elif op == Op.DECODE:
-            runner.decode(values[:count].tolist(), values[count : 2 * count].tolist())
+            num_tokens = arguments[0]
+            runner.tokens_S[:num_tokens] = values[count : count + num_tokens]
+            runner.decode(values[:count].tolist())
         elif op == Op.MOVE:
             runner.move(*arguments)
         else:
@@ -160,5 +187,5 @@ class History:
 
 
 def blank_message(cache: KVCache) -> torch.Tensor:
-    """Room for the longest message, so that one broadcast of a size known to all carries each."""
-    return torch.zeros(5 + max(PREFILL_CHUNK, 2 * cache.num_slots), dtype=torch.int64)
+    """Room for any message but a prompt's tokens, so that one broadcast of a size known to all carries each."""
+    return torch.zeros(5 + 2 * cache.num_slots, dtype=torch.int64)

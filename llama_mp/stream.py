@@ -179,7 +179,9 @@ class CudaDiskCarrier(CudaCarrier):
 
     def __init__(self, read: Read, device: torch.device, num_bytes: int) -> None:
         super().__init__({}, device)
-        self.read, self.num_bytes, self.worker = read, num_bytes, ThreadPoolExecutor(1, "blocks")
+        self.read, self.num_bytes = read, num_bytes
+        # A thread begins on the first device, on which waiting for an event would make a context of this rank too.
+        self.worker = ThreadPoolExecutor(1, "blocks", initializer=torch.cuda.set_device, initargs=(device,))
         self.stages: dict[Slot, torch.Tensor] = {}
         self.coming: dict[Slot, Future[None]] = {}
 

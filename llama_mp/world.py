@@ -25,6 +25,7 @@ from llama_mp.pinning import unpin
 # A rank waits this long for the others while they load: a checkpoint may come from a slow network disk.
 SETUP_TIMEOUT = timedelta(hours=12)
 LONGEST_POLL_S = 0.05
+DEVICE_POLL_S = 2e-5  # of a step of a GPU that takes a millisecond or more
 CONTACT = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe|timed out", re.IGNORECASE)
 
 
@@ -120,6 +121,19 @@ class World:
             if self.size == 1 or not about_peers:
                 raise
             raise self.pulse.lost() from error
+
+    def wait_for_device(self, event: torch.cuda.Event) -> None:
+        """Return when this rank's GPU has come to `event`. Raises RunError when it waits for a rank that hangs: nobody
+        else watches the sums of a CUDA graph."""
+        if self.pulse is None:
+            event.synchronize()
+            return
+        deadline = time.monotonic() + self.pulse.step_timeout_s
+        while not event.query():
+            self.pulse.check()
+            if time.monotonic() > deadline:
+                raise self.pulse.lost()
+            time.sleep(DEVICE_POLL_S)
 
     def close(self) -> None:
         """Leave the groups. A world that failed is not closed: its peers may be gone."""

@@ -484,3 +484,13 @@ def test_a_c_locale_prints_emoji(script: list[str], env: dict[str, str]) -> None
     Path(script[1]).write_text(code)
     done = start(script, env=env, stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (0, "🦙 ?\n".encode()), done.stderr
+
+
+def test_who_is_abandoned_leaves_without_tearing_down() -> None:
+    code = (
+        "import atexit, sys; from llama_mp import errors; atexit.register(print, 'torn down'); "
+        "print('said'); {} errors.leave(5)"
+    )
+    for before, expected in (("", "said\ntorn down\n"), ("errors.abandon();", "said\n")):
+        done = subprocess.run([sys.executable, "-c", code.format(before)], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (5, expected, "")

@@ -102,6 +102,10 @@ class Recorder:
     cache: Slots
     seen: dict[int, list[int]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        self.tokens_S = torch.zeros(self.cache.num_slots, dtype=torch.int64)
 
     def next_logits(self, slot: int) -> torch.Tensor:
         logits = torch.zeros(VOCAB_SIZE)
@@ -113,15 +117,20 @@ class Recorder:
         self.calls.append(f"prefill {len(tokens)} into {slot}")
         return self.next_logits(slot)[None]
 
-    def decode(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        for slot, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+    def decode(self, positions: list[int]) -> torch.Tensor:
+        for slot, position in enumerate(positions):
             assert len(self.seen[slot]) == position, f"slot {slot}: position {position} after {len(self.seen[slot])}"
-            self.seen[slot].append(token)
-        self.calls.append(f"decode {len(tokens)}")
-        return torch.stack([self.next_logits(slot) for slot in range(len(tokens))])
+            self.seen[slot].append(self.tokens_S[slot].item())
+        self.calls.append(f"decode {len(positions)}")
+        return torch.stack([self.next_logits(slot) for slot in range(len(positions))])
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        raise AssertionError("nothing here is on a GPU")
 
     def move(self, source: int, target: int, length: int) -> None:
+        assert len(self.seen[source]) == length
         self.seen[target] = self.seen[source][:length]
+        self.tokens_S[target] = self.tokens_S[source]
         self.calls.append(f"move {source} to {target}")
 
 
@@ -132,12 +141,14 @@ def expected_tokens(prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def run(recorder: Recorder, requests: list[Request], eos_ids: frozenset[int] = frozenset()) -> Engine:
-    engine = Engine(recorder, eos_ids=eos_ids)
+def run(recorder: Recorder, requests: list[Request], eos_ids: frozenset[int] = frozenset(), depth: int = 0) -> Engine:
+    engine = Engine(recorder, eos_ids=eos_ids, depth=depth)
     for request in requests:
         engine.submit(request)
     while engine.has_work:
-        assert engine.step(), "a step in which nothing moved"
+        moved = engine.step()
+        assert moved or depth, "a step in which nothing moved"
+        assert len(set(moved)) == len(moved)
     return engine
 
 
@@ -145,12 +156,13 @@ def request(index: int, prompt: list[int], max_gen_len: int) -> Request:
     return Request(id=str(index), prompt=prompt, sampling=SamplingConfig(temperature=0, max_gen_len=max_gen_len))
 
 
+@pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 20])
-def test_every_request_sees_its_own_cache(num_slots: int) -> None:
+def test_every_request_sees_its_own_cache(num_slots: int, depth: int) -> None:
     generator = torch.Generator().manual_seed(num_slots)
     lengths = torch.randint(1, 9, (20, 2), generator=generator).tolist()
     requests = [request(i, list(range(1 + i, 1 + i + size)), count) for i, (size, count) in enumerate(lengths)]
-    run(Recorder(Slots(num_slots, 64)), requests)
+    run(Recorder(Slots(num_slots, 64)), requests, depth=depth)
     for done in requests:
         assert done.tokens == expected_tokens(done.prompt, done.sampling.max_gen_len)
 
@@ -162,12 +174,46 @@ def test_a_free_slot_is_refilled_in_place() -> None:
     assert recorder.calls.count("move 1 to 0") == 1  # when the queue is empty and row 0 ends before row 1
 
 
-def test_end_of_sequence_is_no_token() -> None:
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_end_of_sequence_is_no_token(depth: int) -> None:
+    """Nor are those that were in the air when it came; who gets the slot next begins anew."""
     second = expected_tokens([5, 6], 2)[1]
-    [done] = requests = [request(0, [5, 6], 10)]
-    run(Recorder(Slots(1, 64)), requests, eos_ids=frozenset({second}))
+    done, other, third = requests = [request(0, [5, 6], 10), request(1, [9], 7), request(2, [8, 8], 3)]
+    run(Recorder(Slots(2, 64)), requests, eos_ids=frozenset({second}), depth=depth)
     assert done.tokens == expected_tokens([5, 6], 1)
     assert done.finish_reason == "stop"
+    assert other.tokens == expected_tokens([9], 7) and third.tokens == expected_tokens([8, 8], 3)
+
+
+def test_steps_ahead_of_the_host() -> None:
+    """`depth` steps are launched before the tokens of an earlier one are looked at, and none where nothing is left."""
+    recorder = Recorder(Slots(1, 64))
+    engine = Engine(recorder, eos_ids=frozenset(), depth=1)
+    engine.submit(request(0, [3], 4))
+    [done] = engine.step()
+    assert len(done.tokens) == 1  # the first token is not kept waiting
+    known = []
+    while engine.has_work:
+        engine.step()
+        known.append((recorder.calls.count("decode 1"), len(done.tokens)))
+    assert known == [(2, 2), (3, 3), (3, 4)]
+    assert done.tokens == expected_tokens([3], 4)
+
+
+def test_a_prompt_waits_for_what_is_in_the_air() -> None:
+    """So that whoever reads the tokens sees each before the next, and can end a row."""
+    recorder = Recorder(Slots(2, 64))
+    engine = Engine(recorder, eos_ids=frozenset(), depth=1)
+    first, second = request(0, [3], 50), request(1, [4], 2)
+    engine.submit(first)
+    engine.step()
+    engine.step()
+    engine.submit(second)
+    lengths = []
+    while not second.tokens:
+        engine.step()
+        lengths.append(len(first.tokens))
+    assert lengths == [3, 3]
 
 
 def test_a_full_row_ends() -> None:
@@ -177,17 +223,19 @@ def test_a_full_row_ends() -> None:
     assert done.finish_reason == "length"
 
 
-def test_a_request_ended_from_outside_frees_its_slot() -> None:
+@pytest.mark.parametrize(("depth", "num_known"), [(0, 1), (0, 3), (1, 1), (1, 3)])
+def test_a_request_ended_from_outside_frees_its_slot(depth: int, num_known: int) -> None:
     recorder = Recorder(Slots(1, 64))
-    engine = Engine(recorder, eos_ids=frozenset())
+    engine = Engine(recorder, eos_ids=frozenset(), depth=depth)
     first, second = request(0, [1, 2], 50), request(1, [3], 2)
     engine.submit(first)
     engine.submit(second)
-    engine.step()
+    while len(first.tokens) < num_known:
+        engine.step()
     first.finish_reason = "stop"
     while engine.has_work:
         engine.step()
-    assert len(first.tokens) == 1
+    assert len(first.tokens) == num_known
     assert second.tokens == expected_tokens([3], 2)
 
 
@@ -201,4 +249,4 @@ def test_stats_count_what_was_computed() -> None:
 def test_a_message_has_room_for_every_step() -> None:
     for num_slots in (1, 8, 1000):
         message = runner_module.blank_message(Slots(num_slots, 64))
-        assert len(message) >= 5 + max(runner_module.PREFILL_CHUNK, 2 * num_slots)
+        assert len(message) >= 5 + 2 * num_slots

@@ -8,6 +8,7 @@ from running import torchrun
 
 from llama_mp import LLM
 from llama_mp.errors import RequestError
+from llama_mp.runner import Runner
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 KEYS = ["id", "prompt", "completion", "tokens", "logprobs", "prompt_logprobs", "finish_reason"]
@@ -106,3 +107,22 @@ def test_arguments_are_checked_like_flags(one_thread):
         LLM("/no/such/folder")
     with pytest.raises(RequestError, match="dtype is 'fp8', but must be one of"):
         LLM("smollm2-135m", dtype="fp8")
+
+
+def test_a_cache_serves_again_until_it_is_too_small(one_thread, tiny, monkeypatch):
+    """And with it what the runner has recorded; nothing of one answer is in the next."""
+    closed = []
+    monkeypatch.setattr(Runner, "close", lambda runner: closed.append(runner))
+    with LLM(tiny) as llm:
+        expected = llm.generate(PROMPTS, **SAMPLED)
+        first = llm.runner
+        assert llm.generate(PROMPTS, **SAMPLED) == expected
+        assert llm.generate([PROMPTS[1], *PROMPTS[1:]], **SAMPLED)[1:] == expected[1:]
+        assert llm.runner is first and not closed
+        llm.generate(PROMPTS, **SAMPLED | {"max_gen_len": 20})
+        second = llm.runner
+        assert closed == [first] and second.cache.max_seq_len > first.cache.max_seq_len
+        llm.generate(PROMPTS[:1], **SAMPLED)
+        assert closed == [first, second]
+        third = llm.runner
+    assert closed == [first, second, third] and llm.runner is None

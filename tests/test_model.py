@@ -49,7 +49,10 @@ def logits_in_two_calls_and_one_by_one(bits: str, dtype: torch.dtype) -> list[li
         with patch.object(Block, "halves", halves):
             runner = Runner(config, model, cache)
             assert (model.layers[0].halves() is None) == (halves is not original)
-            found.append([runner.decode([5, 6 + i], [i, 70 + i]) for i in range(3)])
+            found.append([])
+            for i in range(3):
+                runner.tokens_S[:] = torch.tensor([5, 6 + i])
+                found[-1].append(runner.decode([i, 70 + i]))
     world.close()
     return found
 

@@ -68,3 +68,13 @@ def test_a_rank_makes_its_own_share_alone() -> None:
         loaded(source, config, 0, mp)
         read.append(source.bytes_read)
     assert read[1] < 0.35 * read[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device answers")
+def test_a_gpu_makes_the_same_weights() -> None:
+    name, rows, cols = "layers.79.feed_forward.w2.weight", Span(8000, 8192), Span(11, 22016)
+    here, there = (
+        RandomSource(load_size("65B"), torch.device(kind)).read(name, rows, cols) for kind in ("cpu", "cuda")
+    )
+    assert torch.equal(here, there.cpu())

@@ -9,7 +9,7 @@ import torch
 from llama_mp import sampling
 from llama_mp.config import SamplingConfig
 from llama_mp.errors import RunError
-from llama_mp.sampling import Row, sample, token_logprobs, uniform
+from llama_mp.sampling import Row, check_finite, sample, token_logprobs, uniform
 
 GREEDY = SamplingConfig(temperature=0)
 PLAIN = {"temperature": 1.0, "top_p": 1.0}
@@ -19,10 +19,14 @@ def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def mask_of(seen: list[int], logits_BV: torch.Tensor) -> torch.Tensor:
+    """Every row has seen the same."""
+    return torch.isin(torch.arange(logits_BV.shape[1]), torch.tensor(seen, dtype=torch.long)).expand_as(logits_BV)
+
+
 def draw(logits_V: torch.Tensor, u: float, seen: list[int] | None = None, **flags: float) -> int:
     config = SamplingConfig(**{**PLAIN, **flags})
-    seen_ids = None if seen is None else torch.tensor(seen)
-    tokens, logprobs = sample(logits_V[None], [Row(sampling=config, uniform=u, seen=seen_ids)])
+    tokens, logprobs = sample(logits_V[None], [Row(sampling=config, uniform=u)], mask_of(seen or [], logits_V[None]))
     assert logprobs is None
     return tokens.item()
 
@@ -109,17 +113,17 @@ def test_rows_do_not_depend_on_each_other():
     configs = [SamplingConfig(**{**PLAIN, **flags}) for flags in FILTERS]
     configs += [GREEDY, SamplingConfig(temperature=0, repetition_penalty=1.5), SamplingConfig(logprobs=True)]
     logits_BV = logits(len(configs), 3000)
-    seen = torch.tensor([3, 9, 9])
-    rows = [Row(sampling=c, uniform=uniform(1, str(i), 5), seen=seen) for i, c in enumerate(configs)]
-    together, logprobs = sample(logits_BV, rows)
+    seen_BV = mask_of([3, 9, 9], logits_BV)
+    rows = [Row(sampling=c, uniform=uniform(1, str(i), 5)) for i, c in enumerate(configs)]
+    together, logprobs = sample(logits_BV, rows, seen_BV)
     for i, row in enumerate(rows):
-        alone, alone_logprobs = sample(logits_BV[i : i + 1], [row])
+        alone, alone_logprobs = sample(logits_BV[i : i + 1], [row], seen_BV[:1])
         assert alone.item() == together[i]
         assert (alone_logprobs is not None) == row.sampling.logprobs
         if alone_logprobs is not None:
             assert alone_logprobs.item() == logprobs[i]
     order = list(reversed(range(len(rows))))
-    assert sample(logits_BV[order], [rows[i] for i in order])[0].equal(together.flip(0))
+    assert sample(logits_BV[order], [rows[i] for i in order], seen_BV)[0].equal(together.flip(0))
 
 
 def test_greedy_takes_the_lowest_id_of_equals_and_sorts_nothing(monkeypatch):
@@ -137,30 +141,36 @@ def test_any_float_type(dtype):
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
 
 
-def test_penalty_divides_positive_and_multiplies_negative_logits_once():
+def test_penalty_divides_positive_and_multiplies_negative_logits():
     logits_BV = torch.tensor([[2.0, 3.0, -1.0, -1.5]])
     kept = logits_BV.clone()
-    config = SamplingConfig(temperature=0, repetition_penalty=2)
-    assert sample(logits_BV, [Row(sampling=config, seen=torch.tensor([1, 1, 1]))])[0].item() == 0
+    rows = [Row(sampling=SamplingConfig(temperature=0, repetition_penalty=2))]
+    assert sample(logits_BV, rows, mask_of([1], logits_BV)).tokens.item() == 0
     assert logits_BV.equal(kept)
-    # token 1 stands at 1.5 once, not at 0.375: between 2 and -2
-    assert sample(logits_BV, [Row(sampling=config, seen=torch.tensor([1, 1, 0, 2]))])[0].item() == 1
+    # token 1 stands at 1.5: between 2 and -2
+    assert sample(logits_BV, rows, mask_of([1, 0, 2], logits_BV)).tokens.item() == 1
     expected = kept_by_reference([2.0, 1.5, -2.0, -1.5], SamplingConfig(**PLAIN))
     for i in range(40):
         u = (i + 0.5) / 40
         assert draw(logits_BV[0], u, seen=[1, 2], repetition_penalty=2) == token_by_reference(expected, u)
 
 
-def test_penalty_of_nothing_seen():
-    config = SamplingConfig(temperature=0, repetition_penalty=2)
-    assert sample(logits(1, 9), [Row(sampling=config, seen=torch.tensor([], dtype=torch.long))])[0].shape == (1,)
+def test_penalty_of_some_rows_and_of_nothing_seen():
+    logits_BV = logits(2, 9, scale=1.0).abs()
+    config = SamplingConfig(temperature=0, repetition_penalty=100)
+    everything = torch.ones_like(logits_BV, dtype=torch.bool)
+    alike = [Row(sampling=GREEDY), Row(sampling=config)]
+    best = logits_BV.argmax(-1).tolist()
+    assert sample(logits_BV, alike, ~everything).tokens.tolist() == best
+    everything[0] = everything[1, 0] = False
+    assert sample(logits_BV, alike, everything).tokens.tolist() == [best[0], 0]
 
 
 def test_logprobs_are_of_the_raw_distribution():
     logits_BV = logits(2, 30)
     flags = {"temperature": 0.3, "top_k": 2, "repetition_penalty": 3.0, "logprobs": True}
-    rows = [Row(sampling=SamplingConfig(**flags), uniform=0.5, seen=torch.tensor([4])), Row(sampling=GREEDY)]
-    tokens, logprobs = sample(logits_BV, rows)
+    rows = [Row(sampling=SamplingConfig(**flags), uniform=0.5), Row(sampling=GREEDY)]
+    tokens, logprobs = sample(logits_BV, rows, mask_of([4], logits_BV))
     assert logprobs.equal(logits_BV.log_softmax(-1)[torch.arange(2), tokens])
 
 
@@ -203,8 +213,11 @@ class TestEdges:
 def test_logits_that_are_not_finite(config, bad):
     logits_BV = logits(2, 3000)
     logits_BV[1, : len(bad)] = torch.tensor(bad)
+    tokens = sample(logits_BV, [Row(sampling=config, uniform=0.999)] * 2).tokens.tolist()
+    assert tokens[0] >= 0 > tokens[1]
+    check_finite(tokens[:1])
     with pytest.raises(RunError, match=r"not finite.* --dtype fp32 or bf16"):
-        sample(logits_BV, [Row(sampling=config, uniform=0.999)] * 2)
+        check_finite(tokens)
 
 
 def test_uniform_hangs_on_all_three_and_is_fixed():

@@ -1,19 +1,19 @@
 """Blocks that wait elsewhere: the same tokens as with all of them on the device, whatever stays there and breaks."""
 
 import os
-import random
 import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import jobs
 import pytest
 import torch
 from factory import MODELS, hugging_face, meta_tensors, write_meta
+from fake_streams import Gpu
 from ranks import Ranks
 from torch import nn
 
@@ -246,89 +246,6 @@ def test_another_checkpoint_has_another_file(folder: Path, tokenizer_file: Path,
 # ---- order on a GPU ------------------------------------------------------------------------------------------------
 
 
-class Gpu:
-    """Streams whose work is done at random moments, each in its own order; what `torch.cuda` offers of them."""
-
-    def __init__(self, seed: int) -> None:
-        self.random, self.lock = random.Random(seed), threading.RLock()
-        self.computing, self.streams = None, []
-        self.computing = self.current = self.Stream()
-
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("Stream", "Event", "stream"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.computing)
-        monkeypatch.setattr(stream, "host_buffer", lambda num_bytes, device: torch.empty(num_bytes, dtype=torch.uint8))
-
-    def Stream(self, device: object = None) -> "FakeStream":
-        self.streams.append(FakeStream(self))
-        return self.streams[-1]
-
-    def Event(self) -> "FakeEvent":
-        return FakeEvent(self)
-
-    def stream(self, chosen: "FakeStream") -> "Entered":
-        return Entered(self, chosen)
-
-    def advance(self) -> None:
-        """Do one piece of work that can be done."""
-        with self.lock:
-            ready = [s for s in self.streams if s.work and s.work[0][0]()]
-            if ready:
-                self.random.choice(ready).work.pop(0)[1]()
-
-    def settle(self) -> None:
-        while any(s.work for s in self.streams):
-            self.advance()
-
-
-class FakeStream:
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu, self.work = gpu, []
-
-    def enqueue(self, act, ready=lambda: True) -> None:
-        with self.gpu.lock:
-            self.work.append((ready, act))
-
-    def wait_event(self, event: "FakeEvent") -> None:
-        awaited = event.recorded
-        self.enqueue(lambda: None, lambda: event.done >= awaited)
-
-    def synchronize(self) -> None:
-        while self.work:
-            self.gpu.advance()
-
-
-class FakeEvent:
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu, self.recorded, self.done = gpu, 0, 0
-
-    def record(self, on: FakeStream) -> None:
-        self.recorded += 1
-        number = self.recorded
-
-        def reach() -> None:
-            self.done = number
-
-        on.enqueue(reach)
-
-    def synchronize(self) -> None:
-        awaited = self.recorded
-        while self.done < awaited:
-            self.gpu.advance()
-
-
-class Entered:
-    def __init__(self, gpu: Gpu, chosen: FakeStream) -> None:
-        self.gpu, self.chosen = gpu, chosen
-
-    def __enter__(self) -> None:
-        self.gpu.current = self.chosen
-
-    def __exit__(self, *_: object) -> None:
-        self.gpu.current = self.gpu.computing
-
-
 class FakeSlot:
     """`flat` is a number on the GPU: the block that lies there; -1 while it is being copied."""
 
@@ -346,8 +263,8 @@ class FakeSlot:
             self.holds = -1
 
         assert non_blocking
-        self.gpu.current.enqueue(begin)
-        self.gpu.current.enqueue(end)
+        self.gpu.enqueue(begin)
+        self.gpu.enqueue(end)
 
 
 def from_disk(index: int, flat: torch.Tensor) -> None:
@@ -365,6 +282,7 @@ def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def made(seed: int) -> tuple[Gpu, Streamed]:
         gpu = FakeSlot.gpu = Gpu(seed)
         gpu.patch(monkeypatch)
+        monkeypatch.setattr(stream, "host_buffer", lambda num_bytes, device: torch.empty(num_bytes, dtype=torch.uint8))
         count = (3, 4, 7)[seed % 3]
         if request.param == "host":
             carrier = CudaCarrier({i: torch.full((64,), i, dtype=torch.uint8) for i in range(count)}, device)
@@ -377,21 +295,24 @@ def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_on_a_gpu_each_block_is_there_while_it_computes(carried) -> None:
     for gpu, layers in carried:
-        seen: list[int] = []
+        seen: list[tuple[int, int]] = []
 
-        def compute(block: nn.Module, seen: list[int] = seen) -> None:
-            seen.append(block.slot[0].holds)
+        def compute(index: int, block: nn.Module, seen: list[tuple[int, int]] = seen) -> None:
+            seen.append((index, block.slot[0].holds))
 
-        for _ in range(3):
-            for block in layers:
+        count = len(layers.order)
+        broken_off = gpu.random.randrange(1, count)
+        for num_blocks in (None, broken_off, None, None):
+            for index, block in islice(enumerate(layers), num_blocks):
                 for _ in range(2):  # pieces of work, between which other streams do theirs
-                    gpu.computing.enqueue(partial(compute, block))
+                    gpu.computing.enqueue(partial(compute, index, block))
                 for _ in range(gpu.random.randrange(6)):
                     gpu.advance()
-        gpu.settle()
-        layers.carrier.close()
-        count = len(layers.order)
-        assert seen == [i for _ in range(3) for i in range(count) for _ in range(2)]
+        layers.close()
+        assert not layers.carrier.stream.work  # nothing writes to a slot, or reads a buffer, that is freed now
+        gpu.synchronize()
+        assert len(seen) == 2 * (3 * count + broken_off)
+        assert [index for index, _ in seen] == [held for _, held in seen]
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------

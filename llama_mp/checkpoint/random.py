@@ -23,9 +23,9 @@ class RandomSource:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.config, self.device, self.bytes_read = config, device, 0
         self.shapes = global_shapes(config)
-        generator = torch.Generator().manual_seed(1)  # the CPU's, so that every device has the same values
-        self.table = torch.rand(TABLE_LENGTH, generator=generator).mul_(2).sub_(1).bfloat16().to(device)
-        self.scaled = (0, self.table)  # columns of the matrix last read, and the table within its bounds
+        # Drawn and scaled on the CPU, so that every device has the same values: CUDA multiplies with a reciprocal.
+        self.table = torch.rand(TABLE_LENGTH, generator=torch.Generator().manual_seed(1)).mul_(2).sub_(1).bfloat16()
+        self.scaled = (0, self.table)  # columns of the matrix last read, and on the device the table within its bounds
 
     def names(self) -> list[str]:
         return list(self.shapes)
@@ -48,7 +48,7 @@ class RandomSource:
     def window(self, name: str, num_cols: int, rows: Span, cols: Span) -> torch.Tensor:
         assert num_cols < TABLE_LENGTH, f"{name} has {num_cols} columns"
         if self.scaled[0] != num_cols:
-            self.scaled = (num_cols, self.table / math.sqrt(num_cols))
+            self.scaled = (num_cols, (self.table / math.sqrt(num_cols)).to(self.device))
         windows = self.scaled[1].as_strided((TABLE_LENGTH - len(cols) + 1, len(cols)), (1, 1))
         numbers = torch.arange(rows.start, rows.stop, device=self.device)
         starts = (zlib.crc32(name.encode()) + numbers * ROW_STRIDE) % (TABLE_LENGTH - num_cols)
