@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_mp import cuda, quant
+from llama_mp import model as model_module
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig, RunConfig
 from llama_mp.model import Step, build, fill
@@ -125,13 +126,15 @@ def model(quant_kind: str, num_rows: int) -> float:
         )
         with (
             patch.object(cuda, "steps_on", lambda device, on=steps_on: on),
+            patch.object(model_module, "suits", lambda x, state: False),  # as on a GPU, what these are not for
             patch.object(cuda, "product", wraps=cuda.product) as product,
             patch.object(cuda, "attend", wraps=cuda.attend) as attend,
             torch.inference_mode(),
         ):
             found.append(held.logits(held(torch.tensor([5, 6, 7][:num_rows]), step, cache)))
         num_products = 0 if quant_kind == "none" and num_rows > 1 else 5  # four of the block, and the output
-        assert (product.call_count, attend.call_count) == ((num_products, 1) if steps_on else (0, 0))
+        counts = product.call_count, attend.call_count
+        assert counts == ((num_products, 1) if steps_on else (0, 0)), counts
     world.close()
     return error(found[1], found[0].double())
 
