@@ -2,7 +2,8 @@
 
 Letters as in model.py: N tokens of a pass, L positions attended, C model dimension, H query heads, K KV heads, D head
 dimension, F hidden dimension, V vocabulary; H, K and F are this rank's share; e bytes an element. On a CPU activations
-are fp32 whatever the weights are (kernels.py).
+are fp32 whatever the weights are (kernels.py). A GPU of compute capability 8.0 or later runs kernels of our own between
+the products (cuda_elementwise.py) and flash attention (causal.py); an older one torch's operations.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from llama_mp.cores import has_fast_bf16
 from llama_mp.layout import heads_per_rank, padded
 
 BF16, FP32, INT64, COMPLEX64 = 2, 4, 8, 8
+ALIGNMENT = 16  # bytes: torch's kernels of attention take heads of whole ones on a GPU
+# What a captured kernel takes of a GPU's memory, and how many there are in a block: estimates, by figures that others
+# saw; no measurement of ours stands behind them yet.
+CAPTURED_KERNEL_BYTES, KERNELS_PER_BLOCK, KERNELS_AROUND = 64 << 10, 10, 6
 
 
 class Sizes(NamedTuple):
@@ -28,20 +33,49 @@ class Sizes(NamedTuple):
     e: int
     c: int
     on_cpu: bool
+    has_kernels: bool  # a GPU that runs our own
+    quant: str  # of the matrices
+
+    @property
+    def has_flash(self) -> bool:
+        return self.has_kernels and self.e < FP32
+
+    @property
+    def filled_head(self) -> int:
+        """Elements of a head as torch's kernels of attention take it."""
+        return self.D if self.on_cpu else padded(self.D, ALIGNMENT // self.e)
 
     def product(self, num_tokens: int, num_in: int, num_out: int) -> int:
         """Bytes beside the input of a product, its output among them (kernels.linear). Where it is made in bf16, input
         and output are there in that type for a moment; where in fp32, some of the weight's rows and what they make."""
         output = num_tokens * num_out * self.e
         if self.c == self.e:
-            return output
+            return output + (0 if self.on_cpu else self.unpacked(num_in, num_out))
         if has_fast_bf16():
             return num_tokens * num_out * BF16 + max(num_tokens * num_in * BF16, output)
         num_rows = min(num_out, max(1, PRODUCT_BYTES["cpu"] // FP32 // num_in))
         return output + num_rows * (num_in + num_tokens) * FP32
 
+    def unpacked(self, num_in: int, num_out: int) -> int:
+        """Of packed weights some rows at a time, as a GPU multiplies with them; of int4 beside them the codes of half a
+        row's weights, a byte each, and its scales and offsets in fp32."""
+        if self.quant == "none":
+            return 0
+        num_rows = min(num_out, max(1, PRODUCT_BYTES["cuda"] // self.e // num_in))
+        on_the_way = num_in // 2 + num_in // 4 if self.quant == "int4" else 0
+        return num_rows * (num_in * self.e + on_the_way)
 
-def sizes_of(config: ModelConfig, mp: int, element_bytes: int, hidden_unit: int = 1, *, on_cpu: bool = False) -> Sizes:
+
+def sizes_of(
+    config: ModelConfig,
+    mp: int,
+    element_bytes: int,
+    hidden_unit: int = 1,
+    *,
+    on_cpu: bool = False,
+    has_kernels: bool = True,
+    quant: str = "none",
+) -> Sizes:
     """`element_bytes` of the weights and the cache, and, but on a CPU, of the activations."""
     num_kv, num_queries = heads_per_rank(config, mp)
     return Sizes(
@@ -55,6 +89,8 @@ def sizes_of(config: ModelConfig, mp: int, element_bytes: int, hidden_unit: int 
         e=FP32 if on_cpu else element_bytes,
         c=element_bytes,
         on_cpu=on_cpu,
+        has_kernels=has_kernels and not on_cpu,
+        quant=quant,
     )
 
 
@@ -66,9 +102,12 @@ def rotation_bytes(config: ModelConfig, length: int) -> int:
 def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
     """A pass over `num_tokens` tokens of one row, the last of them at position `length` - 1.
 
-    From the second pass on a mask says what each token sees: bool [N, L], of which the kernels of attention make
-    numbers of type e. Keys and values are made of type e where the cache is not, and repeated for each query head where
-    several share one."""
+    On a CPU, from the second pass on, a mask says what each token sees: bool [N, L], of which the kernels of attention
+    make numbers of type e. Keys and values are made of type e there where the cache is not, and repeated for each query
+    head where several share one."""
+    if not s.on_cpu:
+        attend = causal_bytes(s, num_tokens, length)
+        return max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
     mask = num_tokens * length if length > num_tokens else 0
     widened = 2 * s.K * length * s.D * s.e if s.c < s.e else 0
     repeated = 2 * s.H * length * s.D * s.e if s.H > s.K else 0
@@ -76,11 +115,40 @@ def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
     return mask + max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
 
 
+def causal_bytes(s: Sizes, num_tokens: int, length: int) -> int:
+    """What causal.py makes beside q, k and v: its result and, by flash attention, the logarithm of each sum, in fp32;
+    by the other kernel keys and values for each query head, where several share one. Heads that are no whole ones of
+    ALIGNMENT bytes are filled up first, and cut again in the end."""
+    head, num_kv = s.filled_head, s.K if s.has_flash else s.H
+    repeated = 2 * s.H * length * s.D * s.e if num_kv > s.K else 0
+    filled = (num_tokens * s.H + 2 * num_kv * length) * head * s.e if head > s.D else 0
+    made = num_tokens * s.H * (head * s.e + (FP32 if s.has_flash else 0))
+    if not filled:
+        return repeated + made
+    return max(filled + max(repeated, made), num_tokens * s.H * (head + s.D) * s.e)
+
+
 def decode_bytes(s: Sizes, batch_size: int, length: int) -> int:
     """A step of one token for each row. Rows of different lengths have a mask; no keys or values are copied."""
-    mask = batch_size * length if batch_size > 1 else 0
+    mask = batch_size * length if batch_size > 1 and not s.has_kernels else 0
     attend = mask * s.e + batch_size * s.H * s.D * s.e
     return mask + max(block_bytes(s, batch_size, attend), batch_size * s.C * s.e + choice_bytes(s, batch_size))
+
+
+def static_bytes(s: Sizes, num_slots: int) -> int:
+    """What captured steps read and write at addresses that stay: token, position and logits of each slot."""
+    return num_slots * (INT64 + INT64 + s.V * s.e)
+
+
+def captured_bytes(s: Sizes, num_layers: int, num_slots: int) -> int:
+    """What captured steps keep beside: the memory that the largest of them computes in, which no other pass gets, and
+    the kernels of a graph for each size of a batch: 1, 2, 4, 8, 12, 16, 24, 32 and so on."""
+    logits = num_slots * s.V * s.e
+    gathering = logits // s.mp + 2 * logits if s.mp > 1 else logits
+    pool = max(block_bytes(s, num_slots, num_slots * s.H * s.D * s.e), num_slots * s.C * s.e + gathering)
+    doublings = (num_slots - 1).bit_length()
+    num_graphs = 1 + doublings + max(0, doublings - 3)
+    return pool + num_graphs * (num_layers * KERNELS_PER_BLOCK + KERNELS_AROUND) * CAPTURED_KERNEL_BYTES
 
 
 def sums_bytes(s: Sizes, num_tokens: int, num_parts: int) -> int:
@@ -95,19 +163,26 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
     """The most that one block holds: where q and k are rotated, in attention (`attend`), behind it, or in the
     feed-forward part.
 
-    Around each, the block's input, x after attention and the normed x are alive: C each. Over several ranks the last
-    sum, C, may be let go late by the thread that made it.
-    Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result.
-    Behind attention: q, k, v, the rotated q and k, attention's output H D and wo's C.
-    Feed-forward: w13's output 2F, of which SwiGLU makes F, on a GPU by way of silu(gate); then that F and w2's C."""
+    Around each, the block's input, x after attention and the normed x are alive: C each; kernels add to x in place.
+    Over several ranks the last sum, C, may be let go late by the thread that made it.
+    Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result; kernels
+    turn q where it is and k on its way to the cache.
+    Behind attention: its output H D and wo's C.
+    Feed-forward: w13's output 2F, of which SwiGLU makes F, by torch's operations on a GPU by way of silu(gate); then
+    that F and w2's C."""
     N, qk, fused = num_tokens, (s.H + s.K) * s.D, (s.H + 2 * s.K) * s.D
-    heads, rotated = N * fused * s.e, N * qk * s.e
-    rotate = N * qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
-    behind = heads + rotated + N * s.H * s.D * s.e + s.product(N, s.H * s.D, s.C)
+    heads = N * fused * s.e
+    rotated = 0 if s.has_kernels else N * qk * s.e
+    rotate = 0 if s.has_kernels else N * qk * (FP32 if s.e == FP32 else FP32 + FP32 + s.e)
+    behind = N * s.H * s.D * s.e + s.product(N, s.H * s.D, s.C)
+    if s.has_kernels and s.mp == 1 and s.quant == "none":
+        # Products add to x themselves, and the normed x ends with the product that it is for.
+        return N * s.C * s.e + max(N * (s.C + 2 * s.F) * s.e, N * 3 * s.F * s.e, N * s.C * s.e + heads, heads + attend)
     attention = 2 * N * s.C * s.e + max(s.product(N, s.C, fused), heads + rotate, behind)
-    swiglu = N * (3 if s.on_cpu else 4) * s.F * s.e
+    swiglu = N * (3 if s.on_cpu or s.has_kernels else 4) * s.F * s.e
     down = N * s.F * s.e + s.product(N, s.F, s.C)
-    feed_forward = 3 * N * s.C * s.e + max(s.product(N, s.C, 2 * s.F), swiglu, down)
+    num_kept = 2 if s.has_kernels else 3
+    feed_forward = num_kept * N * s.C * s.e + max(s.product(N, s.C, 2 * s.F), swiglu, down)
     attending = 2 * N * s.C * s.e + heads + rotated + attend
     late = N * s.C * s.e if s.mp > 1 else 0
     return max(attention, feed_forward, attending) + late

@@ -11,7 +11,9 @@ from llama_mp.advice import largest
 from llama_mp.config import ModelConfig, RunConfig
 from llama_mp.errors import RequestError, counted
 from llama_mp.fit import Room, check_fits, free_host_bytes
-from llama_mp.memory import BLOCK_SLOTS, RankMemory, Workload, later_bytes, num_streamed, rank_memory, waiting_bytes
+from llama_mp.memory import BLOCK_SLOTS, RankMemory, num_streamed, rank_memory, waiting_bytes
+from llama_mp.runtime import later_bytes
+from llama_mp.workload import Workload
 
 GIB = 2**30
 ROUNDING = 1e4  # of GiB in errors: what they say is enough, to 0.1 MiB
@@ -27,6 +29,7 @@ class Fitting:
     dtype: str
     device: str
     num_staying: int = 0  # blocks that stay on the device
+    has_kernels: bool = True  # a GPU runs those of our own
 
     def workload(self, shape: Sequence[int]) -> Workload:
         """What runs in a cache of (slots, positions) `shape`."""
@@ -40,6 +43,8 @@ class Fitting:
             seq_len=max(2, seq_len),
             device=self.device,
             deterministic=self.run.deterministic,
+            has_kernels=self.has_kernels,
+            eager=self.run.eager,
         )
 
     def settle(self, shape: Sequence[int], room: Room) -> None:

@@ -1,6 +1,8 @@
 """How much is in flight at once: sizes that the work keeps to, and that the plan of its memory counts with."""
 
-PREFILL_CHUNK = 512  # tokens of a prompt in one pass: enough for full speed, little enough for flat memory
+# Tokens of a prompt in one pass: enough for full speed, little enough for flat memory. A GPU's products are at theirs
+# from about 1000 on, and between passes it waits for the host.
+PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
 SCORED_CHUNK = 64  # the same where logits of each token are wanted: chunk x vocabulary in fp32
 # Of a matrix quantized at once, or made the type of a product: what stays in a cache, and keeps a GPU busy for a while.
 QUANTIZE_ELEMENTS = {"cpu": 1 << 19, "cuda": 8 << 20}

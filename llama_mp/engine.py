@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_mp.chunks import PREFILL_CHUNK, SCORED_CHUNK
+from llama_mp.chunks import SCORED_CHUNK
 from llama_mp.request import Request
 from llama_mp.runner import Leader
 from llama_mp.sampling import Row, check_finite, sample, token_logprobs, uniform
@@ -134,7 +134,7 @@ class Engine:
     def prefill(self, request: Request, *, slot: int) -> torch.Tensor:
         """Run the prompt in chunks. Returns the logits [1, V] after its last token."""
         scored = request.sampling.prompt_logprobs
-        size = SCORED_CHUNK if scored else PREFILL_CHUNK
+        size = SCORED_CHUNK if scored else self.runner.prefill_chunk
         prompt = request.prompt
         for start in range(0, len(prompt), size):
             chunk = prompt[start : start + size]

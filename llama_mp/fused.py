@@ -7,11 +7,12 @@ Shapes: N rows, H query heads, K KV heads, D head dimension, S slots, L position
 import ctypes
 import functools
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
-from llama_mp import kernels
+from llama_mp import cuda, kernels
 from llama_mp.compiled import NATIVE, load_library
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -25,8 +26,29 @@ def suits(x: torch.Tensor, state: torch.Tensor) -> bool:
     return on_cpu and state.dtype in KINDS and load_steps() is not None
 
 
+def for_rows(x: torch.Tensor) -> ModuleType | None:
+    """The kernels for many rows such as `x` on a GPU, if it runs them; imported here, since Triton may be missing."""
+    if not cuda.steps_on(x.device):
+        return None
+    from llama_mp import cuda_elementwise
+
+    return cuda_elementwise
+
+
+def add_and_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta, for which x may be overwritten, and its `rms_norm`."""
+    if kernels := for_rows(x):
+        return x, kernels.rms_norm(x, weight, eps, delta)
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`F.rms_norm` of x [N, C]; the weight may be of another type."""
+    if kernels := for_rows(x):
+        return kernels.rms_norm(x, weight, eps)
     if not suits(x, weight):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     x = x.contiguous()
@@ -37,6 +59,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of x [N, 2 F], which holds the gate and behind it the up projection (Shazeer 2020)."""
+    if kernels := for_rows(x):
+        return kernels.swiglu(x)
     if not suits(x, x):
         gate_NF, up_NF = x.chunk(2, dim=-1)
         return F.silu(gate_NF) * up_NF
@@ -46,6 +70,11 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return y_NF
 
 
+def attends(x: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Whether `attend` computes with activations `x` over a cache of `keys`."""
+    return suits(x, keys) or cuda.steps_on(keys.device)
+
+
 def attend(
     heads_NHD: torch.Tensor,
     rotations_N1d: torch.Tensor,
@@ -53,10 +82,12 @@ def attend(
     values: torch.Tensor,
     positions_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of one token for each of N rows, where `suits` says so: [N, H, D].
+    """Attention of one token for each of N rows, where `attends` says so: [N, H, D].
 
     `heads_NHD`: H query heads, then K of keys and K of values, which are stored at the rows' positions first. `keys`,
     `values` [S, L, K, D]: row i's slot is the i-th."""
+    if cuda.steps_on(keys.device):
+        return cuda.attend(heads_NHD, rotations_N1d, keys, values, positions_N)
     num_rows, num_fused, head_dim = heads_NHD.shape
     num_kv_heads = keys.shape[2]
     num_heads = num_fused - 2 * num_kv_heads

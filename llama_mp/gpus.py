@@ -30,6 +30,11 @@ class Gpu:
     def usable_bytes(self) -> int:
         return int(self.memory_bytes * (1 - RESERVED))
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether it runs kernels of our own: those, too, are for compute capability 8.0 and later."""
+        return self.has_bf16
+
 
 def series(source: str, has_bf16: bool, cards: str) -> list[Gpu]:
     """A line of `cards` for each: name; memory in MiB; bandwidth in GB/s (GB = 1e9 bytes)."""

@@ -158,7 +158,8 @@ def planned_row(row: Row) -> list[str]:
 
 def workload_of(row: Row) -> Workload:
     device = "cpu" if row.gpu is None else "cuda"
-    return Workload(dtype=row.dtype, offload=row.offload, seq_len=SEQ_LEN, device=device)
+    has_kernels = row.gpu is not None and find_gpu(row.gpu).has_kernels
+    return Workload(dtype=row.dtype, offload=row.offload, seq_len=SEQ_LEN, device=device, has_kernels=has_kernels)
 
 
 def precision(dtype: str, quant: str, offload: str) -> str:

@@ -1,4 +1,4 @@
-"""Matrix products with weights of any type: of a few rows on a CPU by our own kernels.c, else by torch.
+"""Matrix products with weights of any type: of a few rows by our own kernels.c or, on a GPU, cuda.py; else by torch.
 
 On a CPU activations are fp32 whatever the weights are: nothing is rounded between products, nor before ranks add up.
 torch 2.13 streams bf16 weights at 11 to 25 GB/s on two cores that read memory at 45 (benchmarks/linear.py measures
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from llama_mp import quant
+from llama_mp import cuda, quant
 from llama_mp.chunks import PRODUCT_BYTES
 from llama_mp.compiled import NATIVE, load_library
 from llama_mp.cores import has_fast_bf16
@@ -33,6 +33,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype = torch
     """x [N, in] times the transpose of `weight` [out, in], which may be packed (quant.py), in the type of x.
 
     Where `precision`, the run's, is bf16, the factors of many rows may be rounded to it; sums are fp32 in any case."""
+    if cuda.suits(x, weight):
+        return cuda.product(x, weight)
     if x.dtype is weight.dtype:
         return F.linear(x, weight)
     num_rows, num_cols = x.shape
@@ -60,8 +62,16 @@ def linear_of_many(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype
     factor, y = x.to(dtype), x.new_empty(len(x), len(weight))
     num_elements = PRODUCT_BYTES[x.device.type] // dtype.itemsize
     for start, stop in row_chunks(Span(0, len(weight)), x.shape[1], num_elements):
-        y[:, start:stop] = F.linear(factor, unpacked(weight[start:stop], x.shape[1], dtype))
+        multiply_into(y[:, start:stop], factor, unpacked(weight[start:stop], x.shape[1], dtype))
     return y
+
+
+def multiply_into(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """F.linear whose result takes the place of y, some columns of a matrix."""
+    if y.device.type == "cuda":
+        torch.mm(x, weight.t(), out=y)  # cuBLAS writes rows that stand apart
+    else:
+        y[:] = F.linear(x, weight)
 
 
 def unpacked(weight: torch.Tensor, num_cols: int, dtype: torch.dtype) -> torch.Tensor:

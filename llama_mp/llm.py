@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama_mp import cuda
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.budget import Fitting
 from llama_mp.checkpoint.load import load_shards, open_source
@@ -113,7 +114,8 @@ class LLM:
                 self.codec.check_vocabulary(self.config.vocab_size)
             self.dtype = choose_dtype(self.run.dtype, source.precision, world.device)
         world.agree("precision", str(self.dtype), "give --dtype")
-        self.fitting = Fitting(self.run, self.config, world.size, DTYPE_NAMES[self.dtype], world.device.type)
+        dtype, kind = DTYPE_NAMES[self.dtype], world.device.type
+        self.fitting = Fitting(self.run, self.config, world.size, dtype, kind, has_kernels=cuda.available(world.device))
         shape, largest = world.tell([self.shape_for(answers), self.largest_shape(answers)])
         with world.together():
             self.fitting.settle(largest, free_room(world.device, world.local_size))

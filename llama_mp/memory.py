@@ -4,44 +4,34 @@ All figures are bytes of tensors. Rank 0 holds most: it gathers the logits.
 """
 
 import functools
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
-from llama_mp.activations import FP32, decode_bytes, prefill_bytes, rotation_bytes, sizes_of, sums_bytes
+from llama_mp.activations import (
+    FP32,
+    Sizes,
+    captured_bytes,
+    decode_bytes,
+    prefill_bytes,
+    rotation_bytes,
+    sizes_of,
+    static_bytes,
+    sums_bytes,
+)
 from llama_mp.chunks import LOAD_ELEMENTS, PREFILL_CHUNK, QUANTIZE_ELEMENTS, SCORED_CHUNK
 from llama_mp.config import ModelConfig
 from llama_mp.errors import RequestError
-from llama_mp.flags import check_at_least
 from llama_mp.layout import Shard, check_degree, fuse, heads_per_rank, padded, shards
+from llama_mp.runtime import CUDA_HOST_BYTES, runtime_bytes, workspace_bytes
 from llama_mp.virtual import ALIGNMENT, check_virtual, degrees, layout_degree, slot_length, virtual_shards
+from llama_mp.workload import BYTES_PER_ELEMENT, Workload
 
-BYTES_PER_ELEMENT = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
-INT8_SCALE_BYTES = 4  # an fp32 scale for each row, to whose alignment the row's codes are filled up
+INT8_SCALE_BYTES = 4  # an fp32 scale for each row
 INT4_GROUP = 32  # weights of a row that share a scale and an offset, in fp16 each
 INT4_GROUP_BYTES = INT4_GROUP // 2 + 2 + 2
+ROW_ALIGNMENT = 16  # of quantized weights: what a GPU's thread loads at once
 QUANTIZING_BYTES = 16  # beside each element that is being packed or unpacked: fp32 thrice, and smaller things
 BLOCK_SLOTS = 2  # offloading: one block computes while the next one comes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """How a model is to run: what its memory depends on beside its architecture and the number of ranks."""
-
-    dtype: Literal["fp32", "tf32", "fp16", "bf16"]
-    quant: Literal["none", "int8", "int4"] = "none"
-    offload: Literal["none", "cpu", "disk"] = "none"
-    batch_size: int = 1
-    seq_len: int = 2048
-    device: Literal["cuda", "cpu"] = "cuda"
-    num_staying: int = 0  # blocks that stay on the device when the others wait elsewhere
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        check_at_least(self, batch_size=1, seq_len=2)
-
-    @property
-    def element_bytes(self) -> int:
-        return BYTES_PER_ELEMENT[self.dtype]
 
 
 class RankMemory(NamedTuple):
@@ -70,23 +60,53 @@ def rank_memory(config: ModelConfig, mp: int, workload: Workload) -> RankMemory:
     weights += waiting_bytes(config, mp, workload) if workload.device == "cpu" else 0  # in the same memory
     cache = cache_bytes(config, mp, workload)
     activations = max(pass_bytes(config, mp, workload), loading_bytes(config, mp, workload) - cache)
-    return RankMemory(weights, cache, activations, runtime_bytes(mp, workload.device))
+    runtime = runtime_bytes(mp, workload.device) + graphs_bytes(config, mp, workload)
+    return RankMemory(weights, cache, activations, runtime)
+
+
+def sizes_of_rank(config: ModelConfig, mp: int, workload: Workload) -> Sizes:
+    return sizes_of(
+        config,
+        layout_degree(mp, workload.deterministic),
+        workload.element_bytes,
+        hidden_unit(workload.quant),
+        on_cpu=workload.device == "cpu",
+        has_kernels=workload.has_kernels and not workload.deterministic,
+        quant=workload.quant,
+    )._replace(mp=mp)
 
 
 def pass_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
     """The table of rotations, and the larger of the last pass over a prompt as long as the row and of a step."""
-    degree, unit = layout_degree(mp, workload.deterministic), hidden_unit(workload.quant)
-    sizes = sizes_of(config, degree, workload.element_bytes, unit, on_cpu=workload.device == "cpu")._replace(mp=mp)
+    degree, sizes = layout_degree(mp, workload.deterministic), sizes_of_rank(config, mp, workload)
     length = workload.seq_len
-    num_tokens = min(SCORED_CHUNK if workload.deterministic else PREFILL_CHUNK, length - 1)
+    num_tokens = min(SCORED_CHUNK if workload.deterministic else PREFILL_CHUNK[workload.device], length - 1)
     sums = sums_bytes(sizes, num_tokens, degree // mp) if workload.deterministic else 0
     passes = (prefill_bytes(sizes, num_tokens, length - 1) + sums, decode_bytes(sizes, workload.batch_size, length))
-    workspace = CUBLAS_BYTES if workload.device == "cuda" else 0
-    return rotation_bytes(config, length) + workspace + unpacked_bytes(workload) + max(passes)
+    if workload.device == "cpu":
+        beside = unpacked_bytes(workload)
+    elif has_graphs(config, workload):  # steps are captured on a stream of their own
+        beside = 2 * workspace_bytes(workload.has_kernels) + static_bytes(sizes, workload.batch_size)
+    else:
+        beside = workspace_bytes(workload.has_kernels)
+    return rotation_bytes(config, length) + beside + max(passes)
+
+
+def has_graphs(config: ModelConfig, workload: Workload) -> bool:
+    """Whether steps are captured: not where blocks come and go, nor where rows are computed one at a time."""
+    may_capture = workload.device == "cuda" and not workload.deterministic and not workload.eager
+    return may_capture and num_streamed(config, workload) == 0
+
+
+def graphs_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:
+    """What CUDA graphs keep outside of torch's peak."""
+    if not has_graphs(config, workload):
+        return 0
+    return captured_bytes(sizes_of_rank(config, mp, workload), config.num_layers, workload.batch_size)
 
 
 def unpacked_bytes(workload: Workload) -> int:
-    """Of a matrix that is being quantized, or multiplied with by torch's own operations: a chunk of it."""
+    """Of a matrix that is being quantized, or on a CPU multiplied with by torch's own operations: a chunk of it."""
     return 0 if workload.quant == "none" else QUANTIZING_BYTES * QUANTIZE_ELEMENTS[workload.device]
 
 
@@ -159,9 +179,8 @@ def shard_bytes(shard: Shard, quant: str, element_bytes: int) -> int:
 
 def packed_row_bytes(cols: int, quant: str) -> int:
     """A quantized row of `cols` weights: what quant.py packs."""
-    if quant == "int8":
-        return padded(cols, INT8_SCALE_BYTES) + INT8_SCALE_BYTES
-    return -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
+    held = cols + INT8_SCALE_BYTES if quant == "int8" else -(-cols // INT4_GROUP) * INT4_GROUP_BYTES
+    return padded(held, ROW_ALIGNMENT)
 
 
 class WeightBytes(NamedTuple):
@@ -265,30 +284,7 @@ def padding_share(config: ModelConfig, mp: int, quant: str = "none", determinist
     return sum(shard.num_elements for shard in matrices) / own - 1
 
 
-# ---- what a process takes beside ---------------------------------------------------------------------------------
-
-# On a GPU: CUDA's context, the kernels of torch, cuBLAS and NCCL, and what torch's allocator keeps between tensors.
-# Estimates, as nvidia-smi shows for a process of torch 2 on cards of these years; no measurement of ours stands behind
-# them yet. On a CPU: private memory of a process of torch 2.13 after `connect` (161 MB; benchmarks/plan.py).
-CUDA_RUNTIME_BYTES, NCCL_BYTES = 600_000_000, 400_000_000
-CUDA_HOST_BYTES = 1_500_000_000  # main memory of a process of torch that computes on a GPU: an estimate too
-CPU_RUNTIME_BYTES = 165_000_000
-# The workspace of cuBLAS is a tensor of torch's: 32 MiB on Hopper, 8 MiB elsewhere (torch, CUDABlas.cpp).
-CUBLAS_BYTES = 32 << 20
-
-
-CUDA_LATER_BYTES = 200_000_000  # of the above, what kernels and cuBLAS take as they are used first: an estimate
-
-
-def later_bytes(mp: int, device: str) -> int:
-    """What a process takes on its device once it computes, and what is free before does not show."""
-    return 0 if device == "cpu" else CUDA_LATER_BYTES + runtime_bytes(mp, device) - CUDA_RUNTIME_BYTES
-
-
-def runtime_bytes(mp: int, device: str) -> int:
-    if device == "cpu":
-        return CPU_RUNTIME_BYTES
-    return CUDA_RUNTIME_BYTES + (NCCL_BYTES if mp > 1 else 0)
+# ---- main memory -----------------------------------------------------------------------------------------------------
 
 
 def host_bytes(config: ModelConfig, mp: int, workload: Workload) -> int:

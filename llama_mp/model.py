@@ -16,9 +16,23 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from llama_mp import cuda
 from llama_mp.cache import KVCache
+from llama_mp.causal import attend_causally
 from llama_mp.config import ModelConfig
-from llama_mp.fused import Half, attend, attention_half, feed_forward_half, half_of, rms_norm, suits, swiglu
+from llama_mp.fused import (
+    Half,
+    add_and_norm,
+    attend,
+    attends,
+    attention_half,
+    feed_forward_half,
+    for_rows,
+    half_of,
+    rms_norm,
+    suits,
+    swiglu,
+)
 from llama_mp.kernels import MAX_ROWS, activation_dtype, linear
 from llama_mp.layout import heads_per_rank, padded
 from llama_mp.memory import hidden_unit
@@ -61,6 +75,21 @@ class RowLinear(WithoutWeights, RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.precision)
 
+    def adds(self, x: torch.Tensor) -> bool:
+        """Whether on a GPU one kernel makes the product and adds it to a residual: no other rank has a part of it, and
+        it is cuBLAS's or, of one row, ours."""
+        if get_model_parallel_world_size() > 1 or not cuda.steps_on(x.device):
+            return False
+        return x.dtype is self.weight.dtype or cuda.suits_one(x, self.weight)
+
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`residual`, which may be overwritten, and what all ranks make of their x."""
+        if not self.adds(x):
+            return residual + reduce(self(x))
+        if cuda.suits_one(x, self.weight):
+            return cuda.product(x, self.weight, added_to=residual)
+        return residual.addmm_(x, self.weight.t())
+
 
 class Embedding(WithoutWeights, VocabParallelEmbedding):
     """fairscale's layer, its rows of other ranks masked without asking the device which they are."""
@@ -84,8 +113,8 @@ class Step:
     rotations_N1d: torch.Tensor
     attended_slots: slice  # the slots of the B rows
     length: int  # positions attended
-    mask: torch.Tensor | None  # what each token may see, broadcast to [B, H, T, L]; None: everything
-    is_causal: bool = False  # T = L: each token sees itself and those before
+    mask: torch.Tensor | None  # what each token may see, broadcast to [B, H, T, L]; None: everything, or as below
+    is_causal: bool = False  # each token sees itself and those before; on a CPU T = L, and else a mask says so
 
 
 class RMSNorm(nn.Module):
@@ -98,6 +127,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta, and its norm. x may be overwritten."""
+        return add_and_norm(x, delta, self.weight, self.eps)
+
+    def before(self, column: ColumnLinear, x: torch.Tensor) -> torch.Tensor:
+        """`column` of the normed x; by one kernel where `cuda.suits_one` says so."""
+        if cuda.suits_one(x, column.weight):
+            return cuda.product(x, column.weight, norm=(self.weight, self.eps))
+        return column(self(x))
 
 
 class Attention(nn.Module):
@@ -113,20 +152,34 @@ class Attention(nn.Module):
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`keys`, `values`: this layer's cache [slots, positions, K, D]; the tokens' own are written first."""
-        heads_NHD = self.wqkv(x_NC).unflatten(-1, (-1, self.head_dim))
-        is_one_each = len(x_NC) == step.batch_size
-        if is_one_each and suits(x_NC, keys):
+        return self.wo(self.attend(self.wqkv(x_NC), step, keys, values))
+
+    def attend(self, heads_NE: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What wo is multiplied with, of what wqkv made."""
+        heads_NHD = heads_NE.unflatten(-1, (-1, self.head_dim))
+        is_one_each = len(heads_NE) == step.batch_size
+        if is_one_each and attends(heads_NE, keys):
             slots = step.attended_slots
             y_NHD = attend(heads_NHD, step.rotations_N1d, keys[slots], values[slots], step.positions_N)
-            return self.wo(y_NHD.flatten(1))
+            return y_NHD.flatten(1)
+        q_NHD = self.store(heads_NHD, step, keys, values)
+        k_BKLD = keys[step.attended_slots, : step.length].transpose(1, 2)
+        v_BKLD = values[step.attended_slots, : step.length].transpose(1, 2)
+        y_NHD = (self.attend_one if is_one_each else self.attend_many)(q_NHD, k_BKLD, v_BKLD, step)
+        return y_NHD.flatten(1)
+
+    def store(self, heads_NHD: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The tokens' keys and values into the cache, and their queries, all but the values turned: [N, H, D]. Kernels
+        for a GPU overwrite `heads_NHD`."""
+        if kernels := for_rows(heads_NHD):
+            slots = step.attended_slots
+            cache = keys[slots], values[slots], step.positions_N
+            return kernels.rotate_and_store(heads_NHD, step.rotations_N1d, *cache, self.num_heads)
         qk_NHD, v_NKD = heads_NHD.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         q_NHD, k_NKD = rotate(qk_NHD, step.rotations_N1d).split([self.num_heads, self.num_kv_heads], dim=1)
         keys[step.slots_N, step.positions_N] = k_NKD.to(keys.dtype)
         values[step.slots_N, step.positions_N] = v_NKD.to(values.dtype)
-        k_BKLD = keys[step.attended_slots, : step.length].transpose(1, 2)
-        v_BKLD = values[step.attended_slots, : step.length].transpose(1, 2)
-        y_NHD = (self.attend_one if is_one_each else self.attend_many)(q_NHD, k_BKLD, v_BKLD, step)
-        return self.wo(y_NHD.flatten(1))
+        return q_NHD
 
     def attend_one(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
         """One token a row: the G query heads that share a KV head stand where a sequence would, in the type of the
@@ -136,12 +189,14 @@ class Attention(nn.Module):
         return y_BKGD.flatten(1, 2).to(q_NHD.dtype)
 
     def attend_many(self, q_NHD: torch.Tensor, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, step: Step) -> torch.Tensor:
-        """T tokens a row: keys and values repeated for each query head, which every kernel of torch accepts."""
+        """T tokens a row: on a CPU keys and values are repeated for each query head."""
         group = self.num_heads // self.num_kv_heads
+        q_BHTD = q_NHD.unflatten(0, (step.batch_size, -1)).transpose(1, 2)
+        if q_NHD.device.type == "cuda":
+            return attend_causally(q_BHTD, k_BKLD, v_BKLD).transpose(1, 2).flatten(0, 1)
         k_BKLD, v_BKLD = k_BKLD.to(q_NHD.dtype), v_BKLD.to(q_NHD.dtype)
         if group > 1:
             k_BKLD, v_BKLD = (x.repeat_interleave(group, dim=1) for x in (k_BKLD, v_BKLD))
-        q_BHTD = q_NHD.unflatten(0, (step.batch_size, -1)).transpose(1, 2)
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=step.mask, is_causal=step.is_causal)
         return y_BHTD.transpose(1, 2).flatten(0, 1)
 
@@ -160,6 +215,12 @@ class FeedForward(nn.Module):
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
         return self.w2(swiglu(self.w13(x_NC)))
 
+    def hidden(self, x_NC: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """What w2 is multiplied with, of x that is yet to be normed."""
+        if cuda.suits_one(x_NC, self.w13.weight):
+            return cuda.product(x_NC, self.w13.weight, norm=(norm.weight, norm.eps), is_gated=True)
+        return swiglu(norm.before(self.w13, x_NC))
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, mp: int) -> None:
@@ -172,10 +233,22 @@ class Block(nn.Module):
         self.made: tuple[Half, Half] | None = None
 
     def forward(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if cuda.steps_on(x_NC.device) and (len(x_NC) == 1 or self.attention.wo.adds(x_NC)):
+            return self.on_cuda(x_NC, step, keys, values)
         if len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
             return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
-        x_NC = x_NC + reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
-        return x_NC + reduce(self.feed_forward(self.ffn_norm(x_NC)))
+        attended_NC = reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
+        x_NC, normed_NC = self.ffn_norm.of_sum(x_NC, attended_NC)
+        del attended_NC  # a pass over a prompt is planned without it
+        return x_NC.add_(reduce(self.feed_forward(normed_NC)))
+
+    def on_cuda(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """On a GPU what lies around a product is done by the kernel of the product, where it can."""
+        attention, feed_forward = self.attention, self.feed_forward
+        attended_NE = attention.attend(self.attention_norm.before(attention.wqkv, x_NC), step, keys, values)
+        x_NC = attention.wo.added_to(x_NC, attended_NE)
+        del attended_NE  # a pass over a prompt is planned without it
+        return feed_forward.w2.added_to(x_NC, feed_forward.hidden(x_NC, self.ffn_norm))
 
     def in_two_calls(
         self, halves: tuple[Half, Half], x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
@@ -221,7 +294,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_NC: torch.Tensor) -> torch.Tensor:
         """This rank's part [N, V] of the logits."""
-        return self.output(self.norm(x_NC))
+        return self.norm.before(self.output, x_NC)
 
 
 @contextlib.contextmanager

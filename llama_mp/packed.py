@@ -21,7 +21,7 @@ from llama_mp.files import FULL, json_bytes, sync, write_whole
 from llama_mp.layout import Span, padded
 from llama_mp.version import VERSION
 
-FORMAT = 1
+FORMAT = 2  # of the blocks: another one where their bytes mean another thing
 PAGE_BYTES = 4096
 CHUNK_BYTES = 4 << 20  # read by one call, and known by one checksum
 READERS = 8  # calls at once: what a disk needs to have enough to do

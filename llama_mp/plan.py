@@ -1,7 +1,7 @@
 """What a run will take: the plan of one model, as flags ask for it, and of all models in a table."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,9 @@ class PlanFlags(Flags):
             seq_len=self.seq_len,
             deterministic=self.deterministic,
         )
+
+    def workload_on(self, card: Gpu | None) -> Workload:
+        return replace(self.workload, has_kernels=card is None or card.has_kernels)
 
     def find_card(self) -> Gpu | None:
         """The card to plan for: as asked, else this machine's, if it has one."""
@@ -149,11 +152,12 @@ def plan_one(flags: PlanFlags, config: ModelConfig, files: tuple[Path, ...] = ()
     if flags.seq_len > config.context_length:
         raise RequestError(f"--seq_len is {flags.seq_len}, above {config.context_length}, the context of {config.name}")
     check_layout(config, flags.mp or 1, flags.quant, flags.deterministic)
+    card = flags.find_card()
     return Plan(
         config=config,
         mp=flags.mp or 1,
-        workload=flags.workload,
-        card=flags.find_card(),
+        workload=flags.workload_on(card),
+        card=card,
         checkpoint_bytes=sum(file.stat().st_size for file in files) or checkpoint_bytes(config, PUBLISHED),
     )
 
@@ -169,7 +173,7 @@ def plan_all(flags: PlanFlags) -> Iterator[Plan]:
                 yield Plan(
                     config=config,
                     mp=mp,
-                    workload=flags.workload,
+                    workload=flags.workload_on(card),
                     card=card,
                     checkpoint_bytes=checkpoint_bytes(config, PUBLISHED),
                 )

@@ -1,10 +1,11 @@
 """Weights in fewer bits: how a matrix [out, in] is packed into one contiguous tensor, whose type says how.
 
-int8: torch.int8 [out, padded(in, 4) + 4]. A row is its codes, zeros up to a whole four, and its fp32 scale:
+int8: torch.int8 [out, padded(in + 4, 16)]. A row is its codes, zeros, and in its last 4 bytes an fp32 scale:
     weight = scale * code, scale = max|row| / 127.
-int4: torch.uint8 [out, groups * 20], groups of 32 weights of a row. A row is 16 bytes of codes for each group, then for
-    each an fp16 scale and an fp16 offset: weight = scale * code + offset, code 0 .. 15. Byte j of a group holds element
-    j in its low half and element j + 16 in its high one. The last group counts as filled up with zeros.
+int4: torch.uint8 [out, padded(groups * 20, 16)], groups of 32 weights of a row. A row is 16 bytes of codes for each
+    group, then for each an fp16 scale and an fp16 offset, then zeros: weight = scale * code + offset, code 0 .. 15.
+    Byte j of a group holds element j in its low half and element j + 16 in its high one. The last group counts as
+    filled up with zeros.
 
 memory.py has the sizes. Both ways go through a few rows at a time, in fp32.
 """
@@ -99,7 +100,8 @@ def pack_int4(matrix: torch.Tensor, packed: torch.Tensor) -> None:
     values = values.view(rows, groups, INT4_GROUP)
     least, most = values.amin(dim=2, keepdim=True), values.amax(dim=2, keepdim=True)
     ranges = torch.cat([(most - least) / as_divisor(INT4_MOST, values), least], dim=2).half()
-    packed[:, groups * CODE_BYTES :].view(torch.float16).copy_(ranges.flatten(1))
+    packed[:, groups * INT4_GROUP_BYTES :] = 0
+    packed[:, groups * CODE_BYTES : groups * INT4_GROUP_BYTES].view(torch.float16).copy_(ranges.flatten(1))
     scales, offsets = ranges.float().split(1, dim=2)
     codes = values.sub_(offsets).div_(scales.where(scales != 0, 1)).round_().clamp_(0, INT4_MOST).to(torch.uint8)
     low, high = codes.split(CODE_BYTES, dim=2)
@@ -109,7 +111,8 @@ def pack_int4(matrix: torch.Tensor, packed: torch.Tensor) -> None:
 def unpack_int4(packed: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     rows, groups = len(packed), packed.shape[1] // INT4_GROUP_BYTES
     codes = packed[:, : groups * CODE_BYTES].unflatten(1, (groups, CODE_BYTES))
-    ranges = packed[:, groups * CODE_BYTES :].view(torch.float16).unflatten(1, (groups, 2)).float()
+    ranges = packed[:, groups * CODE_BYTES : groups * INT4_GROUP_BYTES].view(torch.float16)
+    ranges = ranges.unflatten(1, (groups, 2)).float()
     scales, offsets = ranges.split(1, dim=2)
     matrix = torch.empty(rows, groups, 2, CODE_BYTES, dtype=dtype, device=packed.device)
     torch.addcmul(offsets, codes & INT4_MOST, scales, out=matrix[:, :, 0])

@@ -41,8 +41,9 @@ class Runner:
         Returns on rank 0 the logits after the last token, [1, V], or after each of them, [N, V]."""
         length = start + len(tokens)
         positions_N = torch.arange(start, length, device=self.device)
-        sees_all = len(tokens) == 1 or start == 0  # with is_causal in the second case
-        mask = None if sees_all else torch.arange(length, device=self.device) <= positions_N.unsqueeze(1)
+        is_causal, mask = len(tokens) > 1, None
+        if is_causal and start > 0 and self.device.type == "cpu":
+            is_causal, mask = False, torch.arange(length, device=self.device) <= positions_N.unsqueeze(1)
         step = Step(
             batch_size=1,
             slots_N=torch.full_like(positions_N, slot),
@@ -51,7 +52,7 @@ class Runner:
             attended_slots=slice(slot, slot + 1),
             length=length,
             mask=mask,
-            is_causal=start == 0 and len(tokens) > 1,
+            is_causal=is_causal,
         )
         with liveness.step():
             x_NC = self.model(upload(tokens, self.device), step, self.cache)
@@ -102,15 +103,19 @@ class Op(IntEnum):
 class Leader:
     """Rank 0's runner: each call is told to the followers, who make the same one.
 
-    A message is int64 on the control channel: operation, count, three arguments, then tokens, or positions and tokens.
-    The tokens of a step are in it on a CPU; GPUs share them by themselves."""
+    A message is int64 on the control channel: operation, count, three arguments, then what a step takes: positions, and
+    on a CPU tokens; GPUs share these by themselves. The tokens of a prompt follow in a message of their own, for steps
+    are told more often."""
 
     def __init__(self, runner: Runner, world: World) -> None:
         self.runner, self.world = runner, world
         self.cache, self.tokens_S, self.history = runner.cache, runner.tokens_S, History()
+        self.prefill_chunk = PREFILL_CHUNK[runner.device.type]  # the most tokens that `prefill` takes
 
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
-        self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), tokens)
+        self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), ())
+        if self.world.size > 1:
+            self.history.pass_on(torch.tensor(tokens))
         return self.runner.prefill(tokens, slot=slot, start=start, all_logits=all_logits)
 
     def decode(self, positions: Sequence[int]) -> torch.Tensor:
@@ -146,7 +151,8 @@ def follow(runner: Runner) -> None:
         values = message[5:]
         if op == Op.PREFILL:
             slot, start, all_logits = arguments
-            runner.prefill(values[:count].tolist(), slot=slot, start=start, all_logits=bool(all_logits))
+            history.pass_on(tokens := torch.zeros(count, dtype=torch.int64))
+            runner.prefill(tokens.tolist(), slot=slot, start=start, all_logits=bool(all_logits))
         elif op == Op.DECODE:
             num_tokens = arguments[0]
             runner.tokens_S[:num_tokens] = values[count : count + num_tokens]
@@ -181,5 +187,5 @@ class History:
 
 
 def blank_message(cache: KVCache) -> torch.Tensor:
-    """Room for the longest message, so that one broadcast of a size known to all carries each."""
-    return torch.zeros(5 + max(PREFILL_CHUNK, 2 * cache.num_slots), dtype=torch.int64)
+    """Room for any message but a prompt's tokens, so that one broadcast of a size known to all carries each."""
+    return torch.zeros(5 + 2 * cache.num_slots, dtype=torch.int64)

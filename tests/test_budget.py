@@ -17,7 +17,8 @@ from llama_mp.config import ModelConfig, RunConfig, load_size
 from llama_mp.errors import RequestError
 from llama_mp.fit import Room
 from llama_mp.layout import global_shapes
-from llama_mp.memory import device_weight_bytes, later_bytes, num_streamed, parameters, rank_memory, waiting_bytes
+from llama_mp.memory import device_weight_bytes, num_streamed, parameters, rank_memory, waiting_bytes
+from llama_mp.runtime import later_bytes
 
 SEVEN = load_size("7B")
 SHAPE = (2, 1024)

@@ -102,6 +102,7 @@ class Recorder:
     cache: Slots
     seen: dict[int, list[int]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    prefill_chunk: int = 512
 
     def __post_init__(self) -> None:
         self.tokens_S = torch.zeros(self.cache.num_slots, dtype=torch.int64)
@@ -248,4 +249,4 @@ def test_stats_count_what_was_computed() -> None:
 def test_a_message_has_room_for_every_step() -> None:
     for num_slots in (1, 8, 1000):
         message = runner_module.blank_message(Slots(num_slots, 64))
-        assert len(message) >= 5 + max(runner_module.PREFILL_CHUNK, 2 * num_slots)
+        assert len(message) >= 5 + 2 * num_slots

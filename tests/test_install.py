@@ -35,9 +35,13 @@ WITH_TORCH = [
     "llama_mp.runner",
     "llama_mp.model",
     "llama_mp.quantizer",
+    "llama_mp.causal",
     "llama_mp.fused",
+    "llama_mp.cuda_elementwise",
     "llama_mp.kernels",
     "llama_mp.cuda",
+    "llama_mp.cuda_kernels",
+    "llama_mp.cuda_attention",
     "llama_mp.quant",
     "llama_mp.cache",
     "llama_mp.parallel",
@@ -135,7 +139,9 @@ WITHOUT_TORCH = [
     "llama_mp.records",
     "llama_mp.memory",
     "llama_mp.virtual",
+    "llama_mp.runtime",
     "llama_mp.activations",
+    "llama_mp.workload",
     "llama_mp.chunks",
     "llama_mp.locate",
     "llama_mp.hf_config",
@@ -154,7 +160,8 @@ WITHOUT_TORCH = [
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
 # Packages of the extras, which an installation without them does not have.
-EXTRAS = ["hypothesis", "matplotlib", "pre_commit", "pytest", "ruff", "tiktoken", "transformers"]
+EXTRAS = ["hypothesis", "matplotlib", "pre_commit", "pytest", "ruff", "tiktoken", "transformers", "triton"]
+WITH_TRITON = "llama_mp.cuda_"  # which torch for GPUs brings along: imported where one is to compute
 
 
 def modules_on_disk() -> dict[str, Path]:
@@ -225,7 +232,7 @@ for name in modules:
 for script in scripts:
     runpy.run_path(script, run_name="imported")
 """
-    modules = [name for name in MODULES if not name.startswith("launch.")]
+    modules = [name for name in MODULES if not name.startswith(("launch.", WITH_TRITON))]
     scripts = [str(file) for name, file in MODULES.items() if name.startswith("launch.")]
     run_python(code, *map(json.dumps, (str(ROOT), EXTRAS, modules, scripts)), cwd=tmp_path)
 

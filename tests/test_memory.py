@@ -32,6 +32,7 @@ from llama_mp.memory import (
     weight_bytes,
 )
 from llama_mp.quant import pack
+from llama_mp.runtime import CUBLAS_BYTES, OLDER_CUBLAS_BYTES
 
 CPU = torch.device("cpu")
 
@@ -172,7 +173,8 @@ def test_int8_and_int4_count_their_scales() -> None:
     norms = fp16 * 2 * dim
     rows = (3 * dim, dim, 2 * hidden, dim, vocab)  # wqkv, wo, w13, w2 of a block, and the output
     cols = (dim, dim, dim, hidden, dim)
-    int8 = [row * col + 4 * row for row, col in zip(rows, cols, strict=True)]
+    # and rows are filled up to 16 bytes
+    int8 = [row * (col + 4 + 12) for row, col in zip(rows, cols, strict=True)]
     int4 = [row * col // 32 * (16 + 4) for row, col in zip(rows, cols, strict=True)]
     assert weight_bytes(config, 0, 1, "fp16", "int8") == outside + 32 * (norms + sum(int8[:4])) + int8[4]
     assert weight_bytes(config, 0, 1, "fp16", "int4") == outside + 32 * (norms + sum(int4[:4])) + int4[4]
@@ -239,3 +241,35 @@ def test_repeated_kv_heads_at_llama3_8b_over_16_ranks() -> None:
 def test_9_heads_over_2_ranks() -> None:
     zeros = 30 * (2 * 3 * 64 + 2 * 1 * 64) * 576  # layers, of wq wo one group of 3 heads, of wk wv one head
     assert padding_share(load_size("smollm2-135m"), 2) == pytest.approx(zeros / matrix_elements("smollm2-135m"))
+
+
+def test_graphs_keep_logits_workspace_pool_and_kernels_where_steps_are_captured() -> None:
+    config = load_size("7B")
+    captured = Workload(dtype="bf16", batch_size=16)
+    eager = rank_memory(config, 1, replace(captured, eager=True))
+    graphs = rank_memory(config, 1, captured)
+    static = 16 * (8 + 8 + 2 * config.vocab_size)
+    assert graphs.activation_bytes - eager.activation_bytes == static + CUBLAS_BYTES
+    kernels = 6 * (32 * 10 + 6) * 65536  # of steps of 1, 2, 4, 8, 12 and 16 rows
+    step = graphs.runtime_bytes - eager.runtime_bytes - kernels
+    assert 2 * 16 * (4096 + 3 * 11008) <= step <= 2 * 16 * (4 * 4096 + 3 * 11008 + config.vocab_size)
+    for without in ({"offload": "cpu"}, {"deterministic": True}, {"device": "cpu"}):
+        workload = replace(captured, **without)
+        assert rank_memory(config, 1, workload) == rank_memory(config, 1, replace(workload, eager=True))
+
+
+def test_blocks_that_all_stay_are_captured_as_without_offloading() -> None:
+    config, resident = load_size("7B"), Workload(dtype="bf16")
+    offloaded = replace(resident, offload="cpu", num_staying=config.num_layers)
+    assert rank_memory(config, 1, offloaded) == rank_memory(config, 1, resident)
+
+
+def test_our_kernels_take_less_than_torchs_operations() -> None:
+    config, with_kernels = load_size("7B"), Workload(dtype="fp16", eager=True)
+    older = rank_memory(config, 1, replace(with_kernels, has_kernels=False))
+    # x, normed x, q, k and v in fp16, beside q and k in fp32, turned in fp32 and turned in fp16; against x beside w13's
+    # output and what SwiGLU makes of it.
+    rotating, feeding = (2 + 3) * 2 + 2 * (4 + 4 + 2), 1 * 2
+    more = 2047 * ((rotating - feeding) * config.dim - 3 * 2 * config.hidden_dim)
+    workspaces = CUBLAS_BYTES - OLDER_CUBLAS_BYTES
+    assert older.activation_bytes - rank_memory(config, 1, with_kernels).activation_bytes == more - workspaces
