@@ -214,6 +214,10 @@ class LLM:
         except GeneratorExit:  # the caller has had enough; after any other error the ranks are not in step
             leader.stop()
             raise
+        except Exception:
+            if self.world.size == 1:
+                self.close_runner()  # what is in its cache may not be finite, and would spoil the next answers
+            raise
         leader.stop()
 
     def follow(self) -> bool:
