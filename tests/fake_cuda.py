@@ -6,9 +6,12 @@ two devices. `Watch` refuses the copies that make the host wait.
 
 import contextlib
 import ctypes
+import sys
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -16,6 +19,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from llama_mp import cuda
 
 DEVICE = torch.device("cuda", 0)
 OLD_CARD = (7, 5)  # its compute capability: torch's operations run on it, our own kernels do not
@@ -109,6 +114,40 @@ def no_guard() -> Iterator[None]:
         yield
     finally:
         guards[CUDA] = before
+
+
+class Kernel:
+    """Of Triton's: what it is launched with lies on the device, and how often hangs on shapes alone."""
+
+    def __init__(self, name: str, launched: Counter[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(type(size) is int and size > 0 for size in grid), f"{self.name} over {grid}"
+        return self.launch
+
+    def launch(self, *args: object, **named: object) -> None:
+        tensors = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
+        assert {x.device for x in tensors} == {DEVICE}, self.name
+        self.launched[self.name] += 1
+
+
+@contextlib.contextmanager
+def our_kernels() -> Iterator[Counter[str]]:
+    """DEVICE runs our own kernels, which do nothing here: how often each was launched. For a process that has not
+    imported them yet."""
+    launched: Counter[str] = Counter()
+    language = SimpleNamespace(constexpr=int)
+    triton = SimpleNamespace(
+        jit=lambda f: Kernel(f.__name__, launched), cdiv=lambda a, b: -(-a // b), language=language
+    )
+    with (
+        patch.dict(sys.modules, {"triton": triton, "triton.language": language}),
+        patch.object(cuda, "available", lambda device: device.type == "cuda"),
+        patch.object(cuda, "num_processors", lambda device: 132),
+        patch.object(torch.Tensor, "data_ptr", lambda self: 512),  # to which torch aligns tensors on a GPU
+    ):
+        yield launched
 
 
 def fill(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """What runs on a GPU, on one that is not there: nothing waits for it, and nothing is left in main memory."""
 
+from collections import Counter
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from factory import MODELS
 from fairscale.nn.model_parallel.initialize import initialize_model_parallel
-from fake_cuda import DEVICE, Waits, Watch, fake_cuda, fill
+from fake_cuda import DEVICE, Waits, Watch, fake_cuda, fill, our_kernels
 from ranks import alone
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -130,14 +131,21 @@ def devices(rank: int, mp: int) -> list[list[str]]:
     return found
 
 
-def devices_of_ranks() -> list[list[list[str]]]:
-    """Runs in a process of its own, which has no group yet."""
-    return [devices(0, 1), devices(0, 4), devices(1, 4)]
+def devices_of_ranks() -> tuple[list[list[list[str]]], Counter[str]]:
+    """Runs in a process of its own, which has no group yet: with torch's operations, and with our own kernels, and how
+    often these were launched."""
+    places = [(0, 1), (0, 4), (1, 4)]
+    found = [devices(rank, mp) for rank, mp in places]
+    with our_kernels() as launched:
+        return found + [devices(rank, mp) for rank, mp in places], launched
 
 
 def test_no_pass_waits_for_the_device() -> None:
     first, other = ["cuda:0", "cuda:0", "cpu", "cpu", "cpu"], ["cuda:0", "cuda:0", "cuda:0"]
-    assert alone(devices_of_ranks) == [[first] * 3, [first] * 3, [other] * 3]
+    found, launched = alone(devices_of_ranks)
+    assert found == 2 * [[first] * 3, [first] * 3, [other] * 3]
+    num_steps, num_ranks, num_layers = 4, 3, 2
+    assert launched["attend"] == num_steps * num_layers * num_ranks * len(KINDS)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
