@@ -41,7 +41,7 @@ def test_refused_is_only_what_weights_and_cache_alone_do_not_fit() -> None:
     with pytest.raises(RequestError, match="7B over 1 rank in fp16 does not fit"):
         check_fits(SEVEN, 1, WORK, room(certain - 1))
     check_fits(SEVEN, 1, WORK, room(memory.kv_cache_bytes), has_weights=True)
-    with pytest.raises(RequestError, match=r"in fp16 with weights in int8 does not fit: a rank needs 6\.88 GB"):
+    with pytest.raises(RequestError, match=r"in fp16 with weights in int8 does not fit: a rank needs 6\.89 GB"):
         check_fits(SEVEN, 1, replace(WORK, quant="int8"), room(memory.kv_cache_bytes))
     with pytest.raises(RequestError, match=r"needs 4\.29 GB of cache for 4 x 2048 tokens, and 4\.29 GB are"):
         check_fits(SEVEN, 1, WORK, room(memory.kv_cache_bytes - 1), has_weights=True)
