@@ -187,12 +187,11 @@ class Engine:
         tokens = flight.tokens.get(self.runner.wait_for).tolist()
         logprobs = flight.logprobs.get(self.runner.wait_for).tolist() if flight.logprobs else []
         self.count(flight)
-        check_finite(tokens)
-        moved = [seat.request for seat in flight.seats if seat.request.finish_reason is None]
-        for index, (seat, token) in enumerate(zip(flight.seats, tokens, strict=True)):
-            if seat.request.finish_reason is None:
-                self.append(seat.request, token, logprobs[index] if logprobs else 0.0)
-        return moved
+        awaited = [(i, seat.request) for i, seat in enumerate(flight.seats) if seat.request.finish_reason is None]
+        check_finite([tokens[index] for index, _ in awaited])
+        for index, request in awaited:
+            self.append(request, tokens[index], logprobs[index] if logprobs else 0.0)
+        return [request for _, request in awaited]
 
     def append(self, request: Request, token: int, logprob: float) -> None:
         """One more token, or the request's end."""

@@ -75,7 +75,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Row], seen_BV: Tensor | None = None
 
 def check_finite(tokens: Sequence[int]) -> None:
     """Raise RunError when `sample` found logits that are not."""
-    if min(tokens) < 0:
+    if min(tokens, default=0) < 0:
         raise RunError(
             "the model's logits are not finite: a weight is not, of which a warning then told on loading, or a value "
             "overflowed: try --dtype fp32 or bf16"

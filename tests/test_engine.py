@@ -12,6 +12,7 @@ from ranks import Ranks
 from llama_mp import runner as runner_module
 from llama_mp.config import SamplingConfig
 from llama_mp.engine import Engine
+from llama_mp.errors import RunError
 from llama_mp.request import Request
 
 PROMPTS = [[1, 5, 9], list(range(2, 40)), [7], [300, 200, 100, 50, 25, 12], list(range(100, 120))]
@@ -103,13 +104,14 @@ class Recorder:
     seen: dict[int, list[int]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     prefill_chunk: int = 512
+    spoilt: list[int] | None = None  # ids after which the logits are NaN
 
     def __post_init__(self) -> None:
         self.tokens_S = torch.zeros(self.cache.num_slots, dtype=torch.int64)
 
     def next_logits(self, slot: int) -> torch.Tensor:
         logits = torch.zeros(VOCAB_SIZE)
-        logits[sum(self.seen[slot]) % VOCAB_SIZE] = 1.0
+        logits[sum(self.seen[slot]) % VOCAB_SIZE] = torch.nan if self.seen[slot] == self.spoilt else 1.0
         return logits
 
     def prefill(self, tokens: list[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
@@ -183,6 +185,22 @@ def test_end_of_sequence_is_no_token(depth: int) -> None:
     assert done.tokens == expected_tokens([5, 6], 1)
     assert done.finish_reason == "stop"
     assert other.tokens == expected_tokens([9], 7) and third.tokens == expected_tokens([8, 8], 3)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_only_a_token_that_somebody_waits_for_has_to_be_one(depth: int) -> None:
+    """What a row still gets that has ended may be anything; before that it ends the run."""
+    second = expected_tokens([5, 6], 2)[1]
+    for eos_ids in (frozenset({second}), frozenset()):
+        recorder = Recorder(Slots(1, 64))
+        recorder.spoilt = [5, 6, *expected_tokens([5, 6], 2)]
+        requests = [request(0, [5, 6], 10), request(1, [8], 3)]
+        if eos_ids:
+            run(recorder, requests, eos_ids=eos_ids, depth=depth)
+            assert [len(done.tokens) for done in requests] == [1, 3]
+        else:
+            with pytest.raises(RunError, match="not finite"):
+                run(recorder, requests, depth=depth)
 
 
 def test_steps_ahead_of_the_host() -> None:
