@@ -182,8 +182,9 @@ class Pulse(threading.Thread):
     def on_this_host(self) -> list[int]:
         return [other for other in self.others if other in self.known and self.known[other].host == here.host]
 
-    def verdict(self) -> tuple[str, bool]:
-        """What is known of the ranks because of which this one does not get on, and whether that is the first cause."""
+    def verdict(self, *, for_gpu: bool = False) -> tuple[str, bool]:
+        """What is known of the ranks because of which this one does not get on, and whether that is the first cause.
+        `for_gpu`: it waits for its GPU, whose sums may be in a graph, where none is counted."""
         if gone := self.gone():
             return f"{self.named(gone)} died in {here}{self.of_memory()}", False
         if silent := self.silent(self.suspicious_s):
@@ -192,12 +193,14 @@ class Pulse(threading.Thread):
                 f"{self.named(silent)} did not answer for {self.silence_s(silent):.0f} s in {here} (--step_timeout "
                 f"{self.limit_s:g}){': ' if why else ''}{', '.join(sorted(why))}"
             ), True
+        in_time = f"in --step_timeout, {self.limit_s:g} s"
         behind = [other for other, at in self.known.items() if here.waits_in and at.collective < here.collective]
         if behind:
-            return (
-                f"{self.named(behind)} did not come to {here} in --step_timeout, {self.limit_s:g} s: it hangs, or "
-                "computes for longer"
-            ), True
+            return f"{self.named(behind)} did not come to {here} {in_time}: it hangs, or computes for longer", True
+        if for_gpu:
+            late = [other for other, at in self.known.items() if at.step < here.step]
+            who = f"{self.named(late)} did not come to" if late else "the GPUs did not finish"
+            return f"{who} step {here.step} {in_time}: one hangs, or computes for longer; see nvidia-smi", True
         return (
             f"rank {self.rank} on {here.host} lost contact with the others in {here}; the first failure says why",
             False,
@@ -224,14 +227,14 @@ class Pulse(threading.Thread):
 
     # ---- ending --------------------------------------------------------------------------------------------------
 
-    def lost(self) -> RunError:
+    def lost(self, *, for_gpu: bool = False) -> RunError:
         """The error of this rank, which does not get on because of another one: LostContact where that one has ended,
         and the first failure is its own. Silent ranks of this host are ended: torchrun would wait half a minute for one
         that is stopped."""
         deadline = time.monotonic() + DYING_S  # a process closes its connections before it is gone
         while not self.gone() and not self.silent(self.suspicious_s) and time.monotonic() < deadline:
             time.sleep(0.02)
-        verdict, is_first = self.verdict()
+        verdict, is_first = self.verdict(for_gpu=for_gpu)
         errors.may_speak()  # before any is ended: for others it would then be one that died
         for other in set(self.silent(self.suspicious_s)) & set(self.on_this_host()):
             deaths.end(self.known[other].pid, self.known[other].born, signal.SIGKILL)

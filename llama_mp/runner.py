@@ -111,12 +111,24 @@ class Leader:
         self.runner, self.world = runner, world
         self.cache, self.tokens_S, self.history = runner.cache, runner.tokens_S, History()
         self.prefill_chunk = PREFILL_CHUNK[runner.device.type]  # the most tokens that `prefill` takes
+        self.passed: torch.cuda.Event | None = None  # the GPU has done the last pass of a prompt
 
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor:
         self.tell(Op.PREFILL, len(tokens), (slot, start, all_logits), ())
         if self.world.size > 1:
             self.history.pass_on(torch.tensor(tokens))
-        return self.runner.prefill(tokens, slot=slot, start=start, all_logits=all_logits)
+        logits_NV = self.runner.prefill(tokens, slot=slot, start=start, all_logits=all_logits)
+        self.keep_pace()
+        return logits_NV
+
+    def keep_pace(self) -> None:
+        """Let several GPUs have two passes of a prompt before them: all of a long one would take more than the time in
+        which the next token has to come."""
+        if self.world.size > 1 and self.runner.device.type == "cuda":
+            before, self.passed = self.passed, torch.cuda.Event()
+            self.passed.record()
+            if before:
+                self.wait_for(before)
 
     def decode(self, positions: Sequence[int]) -> torch.Tensor:
         tokens = [] if self.tokens_S.device.type == "cuda" else self.tokens_S[: len(positions)].tolist()

@@ -128,12 +128,15 @@ class World:
         if self.pulse is None:
             event.synchronize()
             return
-        deadline = time.monotonic() + self.pulse.step_timeout_s
+        waited_s, looked_s = 0.0, time.monotonic()
         while not event.query():
             self.pulse.check()
-            if time.monotonic() > deadline:
-                raise self.pulse.lost()
+            if waited_s > self.pulse.step_timeout_s:
+                raise self.pulse.lost(for_gpu=True)
             time.sleep(DEVICE_POLL_S)
+            now = time.monotonic()
+            waited_s += min(now - looked_s, LONGEST_POLL_S)  # more: this rank was suspended, and the others with it
+            looked_s = now
 
     def close(self) -> None:
         """Leave the groups. A world that failed is not closed: its peers may be gone."""
