@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 
-from llama_mp.errors import RequestError, RunError
+from llama_mp.errors import RequestError, RunError, say
 from llama_mp.flags import Flags, check_at_least, flag, flag_words
 
 HERE = Path(__file__).parent
 BENCH = HERE.parent / "launch" / "bench.py"
 LIMIT_S = 420  # for one process: the longest compile takes half of it
+MOST_LINES = 4  # shown of what a process says beside its answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +83,35 @@ class Runs:
 
 
 def last_line(script: Path, words: list[str], folder: Path | None) -> dict[str, Any]:
-    """The JSON that a script ends with. Raises RunError with what it said last where it fails, or takes too long; all
-    that it said is then in errors.log of `folder`."""
+    """The JSON that a script ends with. Raises RunError with what it said last where it fails, or takes too long.
+
+    All that it said is then in errors.log of `folder`, and where it succeeds the last of it is shown: a figure without
+    CUDA graphs, say, is another one."""
     named = f"{script.name} {shlex.join(words)}"
+    code, answer, said = run_to_end(script, words)
+    lines = [line for line in said.splitlines() if line.strip()]
+    if folder is not None and lines:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "errors.log").open("a") as log:
+            log.write(f"{named}\n{said}\n")
+    if code is None:
+        raise RunError(f"{named}: not done in {LIMIT_S} s")
+    if code != 0:
+        raise RunError(f"{named}: {lines[-1] if lines else code}")
+    for line in lines[-MOST_LINES:]:
+        say(f"{named}: {line}")
+    return json.loads(answer.splitlines()[-1])
+
+
+def run_to_end(script: Path, words: list[str]) -> tuple[int | None, str, str]:
+    """Exit code, None where it took too long, and what was written to standard output and standard error."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([sys.executable, str(script), *words], stdout=output, stderr=errors)
         try:
             code = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
-            code = f"not done in {LIMIT_S} s"
+            code = None
         finally:
             process.kill()
         output.seek(0), errors.seek(0)
-        if code == 0:
-            return json.loads(output.read().splitlines()[-1])
-        said = errors.read()
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "errors.log").open("a") as log:
-            log.write(f"{named}\n{said}\n")
-    last = said.strip().splitlines()[-1:] if isinstance(code, int) else []
-    raise RunError(f"{named}: {last[0] if last else code}")
+        return code, output.read(), errors.read()

@@ -140,6 +140,16 @@ def test_a_process_that_fails_says_why_and_leaves_the_rest_in_a_log(gpu: ModuleT
     assert (tmp_path / "out" / "errors.log").read_text() == "failing.py --some word\nfirst\nerror: the last word\n\n"
 
 
+def test_what_a_process_says_beside_its_answer_is_not_lost(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "slower.py"
+    script.write_text("import sys\nprint('no CUDA graphs', file=sys.stderr)\nprint('{\"tpot_s\": 1}')")
+    assert importlib.import_module("gpu_runs").last_line(script, [], tmp_path) == {"tpot_s": 1}
+    assert capsys.readouterr().err == "slower.py : no CUDA graphs\n"
+    assert (tmp_path / "errors.log").read_text() == "slower.py \nno CUDA graphs\n\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
