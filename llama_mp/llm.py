@@ -9,30 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llama_mp import cuda
 from llama_mp.answer import Answer, Codec, needed_length
 from llama_mp.budget import Fitting
-from llama_mp.checkpoint.load import load_shards, open_source
-from llama_mp.checkpoint.source import Source, listed
+from llama_mp.checkpoint.load import open_source
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.deterministic import DETERMINISTIC, ORDINARY, go_any_way, keep_to_one_way
 from llama_mp.dtypes import DTYPE_NAMES
 from llama_mp.engine import Engine, Stats
-from llama_mp.errors import RequestError, abandon, counted, say, shows_progress
+from llama_mp.errors import RequestError, abandon
 from llama_mp.flags import checked
-from llama_mp.fused import load_steps
 from llama_mp.graphs import GraphRunner
-from llama_mp.kernels import load_kernels
+from llama_mp.loading import load_model, warn_of_not_finite
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import PeakMemory, choose_dtype, free_room, threads_per_rank
-from llama_mp.memory import RankMemory, check_layout, padding_share, run_time_shards
-from llama_mp.model import Transformer, fill
-from llama_mp.offload import Store, block_of, fill_streamed, open_store, weight_bytes_of
+from llama_mp.memory import RankMemory, check_layout
+from llama_mp.model import Transformer
+from llama_mp.offload import Store, open_store, weight_bytes_of
 from llama_mp.parallel import connect
 from llama_mp.prompts import Messages, as_prompt
-from llama_mp.quantizer import Quantizer
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 from llama_mp.world import World
@@ -89,7 +84,8 @@ class LLM:
         self.run, self.checkpoint, self.world = run, checkpoint, world
         self.config, self.planned = checkpoint.config, RankMemory(0, 0, 0, 0)  # of the largest cache so far
         self.mode = DETERMINISTIC if run.deterministic else ORDINARY
-        self.model, self.peak_memory, self.stats = None, PeakMemory(world.device), Stats()
+        self.model: Transformer | None = None
+        self.peak_memory, self.stats = PeakMemory(world.device), Stats()
         self.closed, self.shape = False, (0, 0)  # slots and positions of the largest cache
         self.store: Store | None = None  # of blocks that wait elsewhere
         self.runner: Runner | None = None  # of the last cache
@@ -124,49 +120,15 @@ class LLM:
             self.store = open_store(self.run, self.checkpoint.files, self.config, workload, world)
         has_blocks = all(world.gather(self.store is not None and self.store.has_blocks))
         with world.together():
-            self.model = self.load_model(source, has_blocks)
+            how = {"dtype": self.dtype, "world": world, "has_blocks": has_blocks}
+            self.model, not_finite = load_model(self.run, self.config, source, self.mode, self.store, **how)
         read_and_held = world.gather([source.bytes_read, weight_bytes_of(self.model)])
-        self.warn_of_not_finite()
+        warn_of_not_finite(not_finite, self.checkpoint.path, self.run.quant, world)
         self.loaded = Loaded(
             seconds=time.perf_counter() - start,
             bytes_read=sum(read for read, _ in read_and_held),
             weight_bytes=sum(held for _, held in read_and_held),
         )
-
-    def load_model(self, source: Source, has_blocks: bool) -> Transformer:
-        """This rank's model. `has_blocks`: every rank's store has its blocks from an earlier run."""
-        world = self.world
-        if world.device.type == "cpu":
-            load_kernels(), load_steps()  # built now, if they must be, and not during the first step
-        layout = world.size, self.run.quant, self.run.deterministic
-        wanted = run_time_shards(self.config, world.rank, *layout)
-        wanted = {name: shard for name, shard in wanted.items() if not (has_blocks and block_of(name))}
-        with Quantizer(self.run.quant, wanted.values(), world) as finish:
-            model = self.mode.build(self.config, world.size, self.run.quant, self.dtype)
-            parameters = load_shards(wanted, source, dtype=self.dtype, device=world.device, transform=finish)
-            progress = {"total": len(wanted), "unit": " tensors", "leave": False, "disable": not self.shows_progress}
-            parameters = tqdm(parameters, "loading", **progress)
-            if self.store:
-                fill_streamed(model, parameters, self.store, world.device)
-            else:
-                fill(model, dict(parameters))
-        self.not_finite = finish.not_finite
-        if self.store and self.not_finite:
-            self.store.forget()  # so that the next run warns as well
-        if world.is_leader and (padding := padding_share(self.config, *layout)):
-            cost = f"padding and repeated KV heads add {padding:.1%} to the weights"
-            say(f"{self.config.name} over {counted(world.size, 'rank')}: {cost}")
-        return model
-
-    def warn_of_not_finite(self) -> None:
-        """Rank 0 names the tensors that hold NaN or infinity, once for all ranks. The run goes on."""
-        names = list(dict.fromkeys(name for found in self.world.gather(self.not_finite) for name in found))
-        unquantized = "" if self.run.quant == "none" else " --quant none"
-        if names and self.world.is_leader:
-            say(
-                f"warning: {self.checkpoint.path} holds NaN or infinity in {listed(names)}: its answers are worth "
-                f"nothing; download it again, or try --dtype fp32{unquantized} if the file itself is whole"
-            )
 
     # ---- generation --------------------------------------------------------------------------------------------
 
@@ -290,10 +252,6 @@ class LLM:
     def records_graphs(self) -> bool:
         """Whether decode steps become CUDA graphs: not where blocks come and go."""
         return self.depth > 0 and not self.run.eager
-
-    @property
-    def shows_progress(self) -> bool:
-        return self.world.is_leader and shows_progress()
 
     def close(self) -> None:
         """Leave the other ranks, all of them together, and free the weights. Nothing happens the second time."""

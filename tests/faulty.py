@@ -27,15 +27,15 @@ def fail(what: str) -> None:
 
 
 def at_load(what: str) -> None:
-    from llama_mp import llm
+    from llama_mp import loading
 
-    original = llm.load_shards
+    original = loading.load_shards
 
     def failing(*arguments, **named):
         fail(what)
         return original(*arguments, **named)
 
-    llm.load_shards = failing
+    loading.load_shards = failing
 
 
 def at_write(what: str) -> None:

@@ -25,6 +25,7 @@ WITH_TORCH = [
     "llama_mp.ward",
     "llama_mp.ceiling",
     "llama_mp.llm",
+    "llama_mp.loading",
     "llama_mp.compare_logits",
     "llama_mp.deterministic",
     "llama_mp.engine",
