@@ -54,7 +54,7 @@ def ask_one(llm: LLM, prompt: list[int], num_tokens: int) -> Found | None:
     if not llm.world.is_leader:
         return follow(runner)
     leader = Leader(runner, llm.world)
-    logits = leader.prefill(prompt, slot=0, start=0, all_logits=True).float().numpy()
+    logits = leader.prefill(prompt, slot=0, start=0, all_logits=True).float().cpu().numpy()
     [request] = complete(leader, [prompt], [SamplingConfig(max_gen_len=num_tokens, temperature=0)])
     leader.stop()
     return Found(logits=logits, tokens=request.tokens)
