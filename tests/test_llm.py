@@ -1,13 +1,17 @@
 """LLM in a script: what it returns, and on how little that depends. One process here, several under torchrun."""
 
 import json
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from running import torchrun
 
 from llama_mp import LLM
+from llama_mp.config import SamplingConfig
 from llama_mp.errors import RequestError
+from llama_mp.prompts import as_prompt
 from llama_mp.runner import Runner
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -52,6 +56,23 @@ def test_stop_and_echo(one_thread, tiny):
     stopped, echoed = generated(tiny, PROMPTS[:1], stop=stop)[0], generated(tiny, PROMPTS[:1], echo=True)[0]
     assert stopped["completion"] == text[: text.index(stop)] and stopped["finish_reason"] == "stop"
     assert echoed["completion"] == PROMPTS[0] + text
+
+
+def test_steps_ahead_of_the_text_change_no_record(one_thread, tiny, monkeypatch):
+    """As on a GPU: rows that a stop text ends, others in their slots, and a stream that is given up in between."""
+    whole = generated(tiny)
+    few = {"max_batch_size": 2, "stop": (whole[0]["completion"][3:5], "e")}
+    expected = generated(tiny, **few)
+    assert {record["finish_reason"] for record in expected} == {"stop", "length"}
+    monkeypatch.setattr(LLM, "depth", 2)
+    monkeypatch.setattr(LLM, "records_graphs", False)
+    assert generated(tiny, **few) == expected
+    with LLM(tiny) as llm:
+        for size in (1, 2):
+            asked = [as_prompt(i, prompt, SamplingConfig(**SAMPLED)) for i, prompt in enumerate(PROMPTS)]
+            with closing(llm.stream([llm.codec.answer(prompt, None) for prompt in asked])) as stream:
+                list(islice(stream, 4 + size))
+            assert llm.generate(PROMPTS, **SAMPLED) == whole
 
 
 def test_one_model_serves_several_calls(one_thread):
