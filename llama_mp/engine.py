@@ -205,7 +205,8 @@ class Engine:
             request.finish_reason = "length"
 
     def count(self, flight: Flight) -> None:
-        """Add `flight`, which has landed. The device was at it since the one before landed, or it was launched."""
+        """Add `flight`, which has landed, with the time since the one before did, or it was launched: what the host
+        takes between steps counts as far as it is more than the device takes for one."""
         stats, now = self.stats, time.perf_counter()
         seconds, self.landed_s = now - max(flight.launched_s, self.landed_s), now
         if flight.is_prefill:
