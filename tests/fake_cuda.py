@@ -138,9 +138,11 @@ def our_kernels() -> Iterator[Counter[str]]:
     imported them yet."""
     launched: Counter[str] = Counter()
     language = SimpleNamespace(constexpr=int)
-    triton = SimpleNamespace(
-        jit=lambda f: Kernel(f.__name__, launched), cdiv=lambda a, b: -(-a // b), language=language
-    )
+
+    def jit(function: Callable | None = None, **options: object) -> Callable:
+        return Kernel(function.__name__, launched) if function else jit
+
+    triton = SimpleNamespace(jit=jit, cdiv=lambda a, b: -(-a // b), language=language)
     with (
         patch.dict(sys.modules, {"triton": triton, "triton.language": language}),
         patch.object(cuda, "available", lambda device: device.type == "cuda"),
