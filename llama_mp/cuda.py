@@ -25,7 +25,7 @@ MAX_ROWS = 64  # of a product with packed weights: from there on arithmetic coun
 # weight takes 4 of them in bf16, 5 in int8 and int4; an H100 issues 17, 8.5 and 5.4 while it reads one.
 ROWS, WARPS, STAGES = 8, 4, 3
 # Vectors of a row in a chunk, by the elements of a word: for int4 half as many, or registers would be the limit, and
-# the 4096 columns of 7B one chunk, with none to run ahead.
+# the 4096 columns of 7B one chunk, with none to run ahead. Two threads share a vector then, and copy 8 bytes each.
 VECTORS = {1: 128, 2: 128, 4: 128, 8: 64}
 TILE_BYTES = 16384  # of keys, of values, or of several rows of x at once: all that is ahead fits into shared memory
 LEAST_OF_DOT = 16  # the least side of a matrix that matrix units multiply
