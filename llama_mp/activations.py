@@ -8,7 +8,7 @@ the products (cuda_elementwise.py) and flash attention (causal.py); an older one
 
 from typing import NamedTuple
 
-from llama_mp.chunks import PRODUCT_BYTES
+from llama_mp.chunks import PRODUCT_BYTES, PRODUCT_ROWS
 from llama_mp.config import ModelConfig
 from llama_mp.cores import has_fast_bf16
 from llama_mp.layout import heads_per_rank, padded
@@ -61,7 +61,8 @@ class Sizes(NamedTuple):
         row's weights, a byte each, and its scales and offsets in fp32."""
         if self.quant == "none":
             return 0
-        num_rows = min(num_out, max(1, PRODUCT_BYTES["cuda"] // self.e // num_in))
+        unit = PRODUCT_ROWS["cuda"]
+        num_rows = min(num_out, max(1, PRODUCT_BYTES["cuda"] // self.e // (num_in * unit)) * unit)
         on_the_way = num_in // 2 + num_in // 4 if self.quant == "int4" else 0
         return num_rows * (num_in * self.e + on_the_way)
 

@@ -7,4 +7,6 @@ SCORED_CHUNK = 64  # the same where logits of each token are wanted: chunk x voc
 # Of a matrix quantized at once, or made the type of a product: what stays in a cache, and keeps a GPU busy for a while.
 QUANTIZE_ELEMENTS = {"cpu": 1 << 19, "cuda": 8 << 20}
 PRODUCT_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+# Of such rows, so that what some of them make begins where cuBLAS can write 16 bytes at a time.
+PRODUCT_ROWS = {"cpu": 1, "cuda": 8}
 LOAD_ELEMENTS = 8 << 20  # of a checkpoint's tensor read at once, beside the rank's own weights: 32 MiB in fp32

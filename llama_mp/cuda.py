@@ -25,7 +25,7 @@ MAX_ROWS = 64  # of a product with packed weights: from there on arithmetic coun
 # weight takes 4 of them in bf16, 5 in int8 and int4; an H100 issues 17, 8.5 and 5.4 while it reads one.
 ROWS, WARPS, STAGES = 8, 4, 3
 # Vectors of a row in a chunk, by the elements of a word: for int4 half as many, or registers would be the limit, and
-# the 4096 columns of 7B one chunk, with none to run ahead.
+# the 4096 columns of 7B one chunk, with none to run ahead. Two threads share a vector then, and copy 8 bytes each.
 VECTORS = {1: 128, 2: 128, 4: 128, 8: 64}
 TILE_BYTES = 16384  # of keys, of values, or of several rows of x at once: all that is ahead fits into shared memory
 LEAST_OF_DOT = 16  # the least side of a matrix that matrix units multiply
@@ -148,12 +148,14 @@ def packed_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (num_tokens, num_cols), num_rows = x.shape, len(weight)
     y = x.new_empty(num_tokens, num_rows)
     most = max(LEAST_OF_DOT, power_of_two(num_tokens))
-    rows = 32 if most <= 32 else 64
-    halves = 2 if weight.dtype is torch.uint8 else 1  # x is loaded for the low and for the high half of bytes
-    vectors = TILE_BYTES // (most * VECTOR_BYTES * x.element_size() * halves)
+    is_int4, is_fp32 = weight.dtype is torch.uint8, x.dtype is torch.float32
+    rows = 32 if most <= 32 or is_fp32 else 64
+    # Registers hold no more of int4, two weights to a byte, nor of fp32, which no matrix unit multiplies without loss.
+    bytes_at_once = TILE_BYTES // (4 if is_int4 else 1) // (4 if is_fp32 else 1)
+    vectors = bytes_at_once // (most * VECTOR_BYTES * x.element_size())
     product_of_several[(-(-num_rows // rows),)](
         weight, x, y, num_tokens, num_rows, num_cols, weight.stride(0) // VECTOR_BYTES,
-        M=most, ROWS=rows, V=min(vectors, 16), STAGES=STAGES,
+        M=most, ROWS=rows, V=min(max(vectors, 1), 16), STAGES=STAGES + 2 if is_int4 else STAGES,
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return y

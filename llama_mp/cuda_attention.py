@@ -17,7 +17,7 @@ def rotated(x_ptr, rotations_ptr, d, known):
     return (x * cosine + tl.where(d % 2 == 0, -other, other) * sine).to(x_ptr.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])  # one for any number of shares but one
 def attend(
     heads_ptr, rotations_ptr, keys_ptr, values_ptr, positions_ptr, sums_ptr, states_ptr, y_ptr,
     slot_stride, position_stride, num_heads, num_kv_heads, num_splits, scale,
@@ -95,7 +95,7 @@ def add_positions(
     return most, weight, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def join_shares(
     sums_ptr, states_ptr, y_ptr, num_splits, HEAD_DIM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip

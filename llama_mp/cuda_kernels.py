@@ -175,7 +175,7 @@ def unpacked(
     return low.to(width).reshape(ROWS, 16 * V), high.to(width).reshape(ROWS, 16 * V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # or it would be compiled twice, for multiples of 16 and the others
 def product_of_several(
     w_ptr, x_ptr, y_ptr, num_tokens, num_rows, num_cols, row_vectors,
     M: tl.constexpr, ROWS: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,

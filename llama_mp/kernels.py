@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_mp import cuda, quant
-from llama_mp.chunks import PRODUCT_BYTES
+from llama_mp.chunks import PRODUCT_BYTES, PRODUCT_ROWS
 from llama_mp.compiled import NATIVE, load_library
 from llama_mp.cores import has_fast_bf16
 from llama_mp.layout import Span, row_chunks
@@ -61,8 +61,8 @@ def linear_of_many(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype
     if weight.dtype is dtype:
         return F.linear(x.to(dtype), weight).to(x.dtype)
     factor, y = x.to(dtype), x.new_empty(len(x), len(weight))
-    num_elements = PRODUCT_BYTES[x.device.type] // dtype.itemsize
-    for start, stop in row_chunks(Span(0, len(weight)), x.shape[1], num_elements):
+    num_elements, unit = PRODUCT_BYTES[x.device.type] // dtype.itemsize, PRODUCT_ROWS[x.device.type]
+    for start, stop in row_chunks(Span(0, len(weight)), x.shape[1], num_elements, unit=unit):
         multiply_into(y[:, start:stop], factor, unpacked(weight[start:stop], x.shape[1], dtype))
     return y
 

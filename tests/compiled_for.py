@@ -3,7 +3,8 @@
 import os
 import re
 import subprocess
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -14,7 +15,10 @@ from llama_mp import cuda
 from llama_mp.memory import packed_row_bytes
 
 KINDS = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32"}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8"} | {
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 DIM, HIDDEN_DIM, NUM_HEADS, HEAD_DIM = 4096, 11008, 32, 128
 
 
@@ -23,6 +27,7 @@ class Built(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     widths: set[int]  # bytes of a copy from memory to shared memory
+    instructions: Counter[str]  # how often each occurs, by its full name, as in LDG.E.128
 
 
 class Recorder:
@@ -38,21 +43,32 @@ class Recorder:
 def kernels_of_7b(capability: int, cache: Path, names: Collection[str] = ()) -> dict[str, Built]:
     """By the name of the kernel and of what it is started for; all, or those of `names`."""
     os.environ["TRITON_CACHE_DIR"] = str(cache)
-    from llama_mp import cuda_attention, cuda_kernels  # which import Triton
-
     cuda.num_processors = lambda device: 132
-    cuda_attention.join_shares = Recorder(None)
-    found = {}
-    for name, start in starts().items():
-        if not names or name in names:
-            module, kernel = cuda_attention if name.startswith("attend") else cuda_kernels, name.split()[0]
-            with patch.object(module, kernel, Recorder(getattr(module, kernel))) as recorder:
-                start()
-            found[name] = built(recorder, capability)
-    return found
+    return {name: built(launched(name), capability) for name in starts() if not names or name in names}
 
 
-def starts() -> dict[str, Any]:
+def launched(name: str) -> Recorder:
+    """What of `starts` one kernel is started with."""
+    from llama_mp import cuda_attention, cuda_elementwise, cuda_kernels  # which import Triton
+
+    kernel = name.split()[0]
+    module = next(m for m in (cuda_attention, cuda_elementwise, cuda_kernels) if hasattr(m, kernel))
+    other = patch.object(cuda_attention, "join_shares", Recorder(None))
+    with other, patch.object(module, kernel, Recorder(getattr(module, kernel))) as recorder:
+        starts()[name]()
+    return recorder
+
+
+def compilations(names: Collection[str]) -> int:
+    """For how many different kinds of launches, `names` among `starts`, a kernel is compiled."""
+    cuda.num_processors = lambda device: 132
+    found = []
+    for kind in (specialized(launched(name)) for name in names):
+        found += [kind] if kind not in found else []
+    return len(found)
+
+
+def starts() -> dict[str, Callable[[], object]]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -68,14 +84,27 @@ def starts() -> dict[str, Any]:
         found[f"{one} normed"] = lambda w=fused: cuda.product(empty(1, DIM), w, norm=norm)
         found[f"{one} gated"] = lambda w=gated: cuda.product(empty(1, DIM), w, norm=norm, is_gated=True)
         found[f"{one} added"] = lambda w=last: cuda.product(empty(1, HIDDEN_DIM), w, added_to=empty(1, DIM))
-        if kind != "bf16":
-            for rows in (2, 64):
-                found[f"product_of_several {kind} {rows}"] = lambda w=fused, n=rows: cuda.product(empty(n, DIM), w)
-    for rows in (1, 64):  # in several shares, and in one
-        cache, heads = empty(rows, 512, NUM_HEADS, HEAD_DIM), empty(rows, 3 * NUM_HEADS, HEAD_DIM)
+        for rows, name in [(n, name) for n in (2, 16, 32, 64) for name in ("bf16", "fp32") if kind != "bf16"]:
+            x = empty(rows, DIM, dtype=torch.bfloat16 if name == "bf16" else torch.float32)
+            found[f"product_of_several {kind} {rows} {name}"] = lambda w=fused, x=x: cuda.product(x, w)
+    for rows in (1, 3, 64):  # in several shares, in others, and in one
+        cache, heads = empty(rows, 2048, NUM_HEADS, HEAD_DIM), empty(rows, 3 * NUM_HEADS, HEAD_DIM)
         more = empty(rows, 1, HEAD_DIM // 2, dtype=torch.complex64), cache, cache, empty(rows, dtype=torch.int64)
         found[f"attend {rows}"] = lambda heads=heads, more=more: cuda.attend(heads, *more)
-    return found
+    return found | starts_of_rows(empty)
+
+
+def starts_of_rows(empty: Callable[..., torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """Of the kernels for a prompt's tokens."""
+    from llama_mp import cuda_elementwise as kernels
+
+    x, heads, cache = empty(4, DIM), empty(4, 3 * NUM_HEADS, HEAD_DIM), empty(1, 512, NUM_HEADS, HEAD_DIM)
+    where = empty(4, 1, HEAD_DIM // 2, dtype=torch.complex64), cache, cache, empty(4, dtype=torch.int64), NUM_HEADS
+    return {
+        "rotate_and_store_kernel": lambda: kernels.rotate_and_store(heads, *where),
+        "swiglu_kernel": lambda: kernels.swiglu(empty(4, 2 * HIDDEN_DIM)),
+        "norm_kernel": lambda: kernels.rms_norm(x, empty(DIM), 1e-5, x),
+    }
 
 
 def built(recorder: Recorder, capability: int) -> Built:
@@ -83,33 +112,51 @@ def built(recorder: Recorder, capability: int) -> Built:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    arguments, named = recorder.launch
-    options = {name: named.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    values = dict(zip(recorder.kernel.arg_names, arguments, strict=False)) | named
-    signature, aligned = {}, {}
-    for index, (name, value) in enumerate(values.items()):
-        signature[name] = type_of(name, value, named)
-        is_multiple = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if signature[name] != "constexpr" and is_multiple:
-            aligned[index,] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in values.items() if signature[name] == "constexpr"}
-    source = ASTSource(recorder.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    signature, constants, aligned, options = specialized(recorder)
+    attributes = {(recorder.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(recorder.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    used = resources(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    used, instructions = read(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x([0-9a-f]+)", compiled.asm["ptx"])
-    return Built(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, {int(n, 16) for n in copies})
+    widths = {int(number, 16) for number in copies}
+    return Built(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, widths, instructions)
 
 
-def type_of(name: str, value: Any, constants: dict[str, Any]) -> str:
+def specialized(recorder: Recorder) -> tuple[dict[str, str], dict[str, Any], list[str], dict[str, Any]]:
+    """What Triton compiles a launch for: its arguments' types, those that are constants, and those that divide by 16,
+    as tensors' addresses and a model's sizes do; and its options."""
+    arguments, named = recorder.launch
+    options = {name: value for name, value in named.items() if name in ("num_warps", "enable_fp_fusion")}
+    named = {name: value for name, value in named.items() if name not in options}
+    values = dict(zip(recorder.kernel.arg_names, arguments, strict=False)) | named
+    alike = {parameter.name for parameter in recorder.kernel.params if parameter.do_not_specialize}
+    ones = {name for name, value in values.items() if isinstance(value, int) and value == 1 and name not in alike}
+    signature = {
+        name: "constexpr" if name in ones | named.keys() or value is None else type_of(value)
+        for name, value in values.items()
+    }
+    constants = {name: values[name] for name, kind in signature.items() if kind == "constexpr"}
+    aligned = [
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*") or (kind == "i32" and values[name] % 16 == 0 and name not in alike)
+    ]
+    return signature, constants, aligned, options
+
+
+def type_of(value: torch.Tensor | float) -> str:
     if isinstance(value, torch.Tensor):
-        return "*i64" if value.dtype is torch.int64 else f"*{NAMES[value.dtype]}"
-    if name in constants or value is None or value == 1:
-        return "constexpr"
+        return f"*{NAMES[value.dtype]}"
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def resources(cubin: bytes, cuobjdump: Path) -> dict[str, int]:
+def read(cubin: bytes, tools: Path) -> tuple[dict[str, int], Counter[str]]:
+    """What a kernel takes, and its instructions."""
     file = Path(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
     file.write_bytes(cubin)
-    told = subprocess.run([cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    used, listed = (
+        subprocess.run([tools / command, flag, file], capture_output=True, text=True, check=True).stdout
+        for command, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+    )
+    taken = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}
+    return taken, Counter(re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listed))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import compiled_for
 import numpy as np
 import pytest
 from factory import MODELS
@@ -31,31 +32,10 @@ def test_a_prompts_logits_are_torchs() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_machine_code_reads_16_bytes_at_a_time_and_spills_nothing(tmp_path: Path, capability: int) -> None:
     """Of 7B's shapes in bf16: each load is whole but that of the position and, in a norm, of the sums of its warps."""
-    from sass import SPILLS, instructions
-
-    from llama_mp import cuda_elementwise as kernels
-
-    half, whole = "*bf16", "i32"
-    asked = {
-        "rotate_and_store": (
-            {"heads": half, "rotations": "*fp32", "keys": half, "values": half, "positions": "*i64"}
-            | dict.fromkeys(("tokens_per_row", "slot_stride", "position_stride"), whole),
-            {"QUERY_COLS": 4096, "KEY_COLS": 4096, "HEAD_DIM": 128, "BLOCK": kernels.BLOCK},
-            kernels.WARPS,
-        ),
-        "swiglu": ({"x": half, "y": half, "hidden_dim": whole}, {"BLOCK": kernels.BLOCK}, kernels.WARPS),
-        "norm": (
-            dict.fromkeys(("x", "delta", "weight", "y"), half) | {"eps": "fp32"},
-            {"DIM": 4096, "HAS_DELTA": True, "BLOCK": 4096},
-            4096 // kernels.NORM_ELEMENTS_PER_WARP,
-        ),
-    }
-    for name, (types, constants, num_warps) in asked.items():
-        kernel = getattr(kernels, f"{name}_kernel")
-        where = {"capability": capability, "num_warps": num_warps, "path": tmp_path / "cubin"}
-        found = instructions(kernel, types, constants, **where)
-        loads = {op: count for op, count in found.items() if op.startswith(("LDG", "STG"))}
+    names = "rotate_and_store_kernel", "swiglu_kernel", "norm_kernel"
+    for name, built in alone(compiled_for.kernels_of_7b, capability, tmp_path, names).items():
+        loads = {op: count for op, count in built.instructions.items() if op.startswith(("LDG", "STG"))}
         narrow = {op for op in loads if not op.endswith(".128")}
-        assert narrow == ({"LDG.E.64"} if name == "rotate_and_store" else set()), (name, loads)
-        assert not [op for op in found if op.startswith(SPILLS)], (name, found)
-        assert found["SHFL.BFLY"] == 0 or name == "norm"
+        assert narrow == ({"LDG.E.64"} if name == names[0] else set()), (name, loads)
+        assert built.spilled_bytes == 0, name
+        assert built.instructions["SHFL.BFLY"] == 0 or name == "norm_kernel"

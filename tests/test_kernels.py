@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from fake_cuda import DEVICE, fake_cuda
 
 from llama_mp import kernels, quant
 from llama_mp.compiled import library_of
@@ -171,3 +173,13 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> Non
     done = run_with(XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout == "[[4.0, 4.0]]\n"
     assert "can be written by others" in done.stderr
+
+
+def test_parts_of_a_gpus_product_begin_where_it_can_write_16_bytes() -> None:
+    """Of 762 rows of w2 at a time in 7B, every second part would begin elsewhere."""
+    with fake_cuda(), patch.object(kernels, "multiply_into") as multiply:
+        weight = quant.empty_packed(torch.empty(4096, 11008, device=DEVICE), "int8")
+        kernels.linear_of_many(torch.empty(70, 11008, dtype=torch.half, device=DEVICE), weight, torch.half)
+    parts = [call.args[0] for call in multiply.call_args_list]
+    assert len(parts) == 6 and sum(part.shape[1] for part in parts) == 4096
+    assert all(part.storage_offset() * part.element_size() % 16 == 0 for part in parts)
