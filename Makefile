@@ -32,7 +32,7 @@ demo: .venv/.installed-demo
 	$(PY) launch/infer.py --mp 2 --temperature 0 --max_gen_len 64 --prompts_file docs/demo.jsonl
 
 test: .venv/.installed-test
-	$(PY) -m pytest -m '$(FAST)' -n 2 --dist loadfile -rs --durations=10
+	$(PY) -m pytest -m '$(FAST)' -rs --durations=10
 	@echo 'Deselected were the tests marked'
 	@echo '  slow   they take minutes:       make test-slow'
 	@echo '  gpu    they need a CUDA device: $(PY) -m pytest -m gpu'

@@ -162,7 +162,7 @@ WITHOUT_TORCH = [
 ]
 ROOMS = WITH_TORCH + WITHOUT_TORCH
 # Packages of the extras, which an installation without them does not have.
-EXTRAS = ["hypothesis", "matplotlib", "pre_commit", "pytest", "ruff", "tiktoken", "transformers", "triton", "xdist"]
+EXTRAS = ["hypothesis", "matplotlib", "pre_commit", "pytest", "ruff", "tiktoken", "transformers", "triton"]
 WITH_TRITON = "llama_mp.cuda_"  # which torch for GPUs brings along: imported where one is to compute
 
 
