@@ -84,6 +84,7 @@ def test_several_ranks_measure_together(start: str) -> None:
     assert result["planned_memory_bytes"] == planned.allocated_bytes
 
 
+@pytest.mark.slow
 def test_the_cost_of_the_same_bits_is_measured() -> None:
     done = bench("--mp", "2", "--deterministic", *SHORT)
     result = result_of(done)

@@ -24,7 +24,7 @@ def begin_answer(talk: Talk) -> None:
         talk.expect(" ")
 
 
-@pytest.mark.parametrize("mp", ["1", "2"])
+@pytest.mark.parametrize("mp", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_conversation_at_the_terminal(mp, tmp_path):
     with Talk(*COMMAND, "--mp", mp) as talk:
         for keys, shown in [

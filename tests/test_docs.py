@@ -104,8 +104,10 @@ def terminal(commands: str, folder: Path, home: Path, **variables: str) -> tuple
 
 
 def marked(page: str) -> object:
-    """A bench takes its time, and blocks from the disk do: both have quick tests of their own. Jobs need a cluster."""
-    marks = {"bench.md": pytest.mark.slow, "offload.md": pytest.mark.slow, "slurm.md": pytest.mark.slurm}
+    """A bench takes its time, and so do blocks from the disk and a dozen checkpoints: each has quick tests of its own.
+    Jobs need a cluster."""
+    slow = dict.fromkeys(("bench.md", "offload.md", "reshard.md"), pytest.mark.slow)
+    marks = slow | {"slurm.md": pytest.mark.slurm}
     return pytest.param(page, marks=marks[page]) if page in marks else page
 
 

@@ -75,7 +75,7 @@ def ask(*flags: str | Path) -> Done:
     return infer("--chat", "--temperature", "0", "--prompt", QUESTION, *flags)
 
 
-@pytest.mark.parametrize("mp", ["2", "4"])
+@pytest.mark.parametrize("mp", ["2", pytest.param("4", marks=pytest.mark.slow)])
 def test_the_default_model_answers_over_ranks_that_it_starts(mp):
     done = ask("--mp", mp)
     assert_answers(done)

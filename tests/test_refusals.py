@@ -161,6 +161,7 @@ def test_under_torchrun_what_rank_1_alone_refuses_is_said_once(cut: Path, tiny: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small /dev/shm, in a namespace of its own")
+@pytest.mark.slow
 def test_a_dev_shm_of_4_kb_is_enough(tiny: Path) -> None:
     """Containers have 64 MB of it; ranks on a CPU need none."""
     small = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"'
