@@ -131,6 +131,10 @@ class GraphRunner(Runner):
             self.steps.run((num_rows, length), partial(self.step_in_place, num_rows, length, is_ragged=not whole))
         return None if self.logits_SV is None else self.logits_SV[:count]
 
+    @property
+    def uses_graphs(self) -> bool:
+        return self.steps.recorder is not None
+
     def step_in_place(self, num_rows: int, length: int, *, is_ragged: bool) -> None:
         logits_BV = self.step(num_rows, length, is_ragged=is_ragged)
         if self.logits_SV is not None:

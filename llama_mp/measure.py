@@ -143,6 +143,7 @@ def what_ran(llm: LLM) -> dict[str, Any]:
         "quant": llm.run.quant,
         "offload": llm.run.offload,
         "deterministic": llm.run.deterministic,
+        "cuda_graphs": llm.runner is not None and llm.runner.uses_graphs,
         "device_type": llm.world.device.type,
         "device": device_name(llm.world.device),
         "device_memory_bytes": device_memory_bytes(llm.world.device),

@@ -26,6 +26,8 @@ from llama_mp.world import World
 class Runner:
     """Runs the model over a cache. Every rank makes the same calls in the same order."""
 
+    uses_graphs = False  # CUDA's, of which each is a whole step
+
     def __init__(self, config: ModelConfig, model: Transformer, cache: KVCache) -> None:
         self.config, self.model, self.cache = config, model, cache
         self.device = model.norm.weight.device

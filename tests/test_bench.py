@@ -52,6 +52,7 @@ def test_prints_the_ceiling_first_and_the_contract_last(tmp_path: Path) -> None:
     assert (result["size"], result["weights"], result["mp"], result["dtype"]) == ("smollm2-135m", "random", 1, "bf16")
     assert (result["batch_size"], result["seq_len"], result["repetitions"]) == (2, 22, 3)
     assert result["deterministic"] is False and "tpot_to_ordinary" not in result
+    assert result["cuda_graphs"] is False  # on a CPU
     (record,) = (tmp_path / "runs").iterdir()
     recorded = json.loads(record.read_text())
     assert result.items() <= recorded.items()

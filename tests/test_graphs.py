@@ -106,6 +106,7 @@ def answers(kind: str, folder: Path, tokenizer: Path) -> tuple[list[Request], An
         else:
             runner = Runner(llm.config, llm.model, cache)
         done = finish(runner, world, depth=int(kind == "graphs"))
+        assert runner.uses_graphs == (kind == "graphs")
     world.close()
     return done and (done, sorted(runner.steps.recorded) if kind == "graphs" else None)
 
