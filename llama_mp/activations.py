@@ -8,7 +8,7 @@ the products (cuda_elementwise.py) and flash attention (causal.py); an older one
 
 from typing import NamedTuple
 
-from llama_mp.chunks import PRODUCT_BYTES, PRODUCT_ROWS
+from llama_mp.chunks import PRODUCT_BYTES, PRODUCT_ROWS, batch_sizes
 from llama_mp.config import ModelConfig
 from llama_mp.cores import has_fast_bf16
 from llama_mp.layout import heads_per_rank, padded
@@ -143,13 +143,13 @@ def static_bytes(s: Sizes, num_slots: int) -> int:
 
 def captured_bytes(s: Sizes, num_layers: int, num_slots: int) -> int:
     """What captured steps keep beside: the memory that the largest of them computes in, which no other pass gets, and
-    the kernels of a graph for each size of a batch: 1, 2, 4, 8, 12, 16, 24, 32 and so on."""
+    the kernels of a graph for each of `batch_sizes`."""
     logits = num_slots * s.V * s.e
     gathering = logits // s.mp + 2 * logits if s.mp > 1 else logits
     pool = max(block_bytes(s, num_slots, num_slots * s.H * s.D * s.e), num_slots * s.C * s.e + gathering)
-    doublings = (num_slots - 1).bit_length()
-    num_graphs = 1 + doublings + max(0, doublings - 3)
-    return pool + num_graphs * (num_layers * KERNELS_PER_BLOCK + KERNELS_AROUND) * CAPTURED_KERNEL_BYTES
+    return (
+        pool + len(batch_sizes(num_slots)) * (num_layers * KERNELS_PER_BLOCK + KERNELS_AROUND) * CAPTURED_KERNEL_BYTES
+    )
 
 
 def sums_bytes(s: Sizes, num_tokens: int, num_parts: int) -> int:

@@ -9,6 +9,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_rank
 
 from llama_mp import cuda, liveness
 from llama_mp.cache import KVCache
+from llama_mp.chunks import batch_sizes
 from llama_mp.compiled import say_once
 from llama_mp.config import ModelConfig
 from llama_mp.kernels import activation_dtype
@@ -21,9 +22,8 @@ Launch = Callable[[], None]
 
 
 def num_rows_for(count: int, num_slots: int) -> int:
-    """The rows that a step for `count` of them computes: few different numbers, less than half too many above 8."""
-    at_least_8 = (rows for power in range(num_slots.bit_length()) for rows in (8 << power, 12 << power))
-    return min(num_slots, next(rows for rows in (1, 2, 4, *at_least_8) if rows >= count))
+    """The rows that a step for `count` of them computes."""
+    return next(rows for rows in batch_sizes(num_slots) if rows >= count)
 
 
 def length_for(length: int, max_seq_len: int) -> int:

@@ -23,7 +23,7 @@ from llama_mp.graphs import GraphRunner
 from llama_mp.loading import load_model, warn_of_not_finite
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import PeakMemory, choose_dtype, free_room, threads_per_rank
-from llama_mp.memory import RankMemory, check_layout
+from llama_mp.memory import RankMemory, check_layout, has_graphs
 from llama_mp.model import Transformer
 from llama_mp.offload import Store, open_store, weight_bytes_of
 from llama_mp.parallel import connect
@@ -250,8 +250,8 @@ class LLM:
 
     @property
     def records_graphs(self) -> bool:
-        """Whether decode steps become CUDA graphs: not where blocks come and go."""
-        return self.depth > 0 and not self.run.eager
+        """Whether decode steps become CUDA graphs, as the plan has it."""
+        return has_graphs(self.config, self.fitting.workload(self.shape))
 
     def close(self) -> None:
         """Leave the other ranks, all of them together, and free the weights. Nothing happens the second time."""
