@@ -16,8 +16,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from llama_mp.config import ModelConfig
 
 Run = Callable[[], Mapping[str, float]]
 STREAMED_BYTES, PASSES = 1.2e9, 20  # by the kernel alone: more than any cache holds, as often as others take a step
@@ -75,15 +78,10 @@ def kernel(_file: str, threads: int, *_: object) -> Run:
     return run
 
 
-def theirs(file: str, threads: int, prompt_len: int, gen_len: int, _quant: str) -> Run:
-    """Hugging Face's forward function with its KV cache, in bf16; the values of weights do not change its speed."""
+def hugging_face_model(shape: ModelConfig) -> Any:
+    """Hugging Face's, random in bf16, on torch's default device."""
     import transformers
 
-    from llama_mp.config import RunConfig
-    from llama_mp.locate import locate_weights
-
-    torch.set_num_threads(threads)
-    shape = locate_weights(RunConfig(ckpt_dir=Path(file))).config
     config = transformers.LlamaConfig(
         hidden_size=shape.dim,
         num_hidden_layers=shape.num_layers,
@@ -94,7 +92,16 @@ def theirs(file: str, threads: int, prompt_len: int, gen_len: int, _quant: str) 
         max_position_embeddings=shape.context_length,
         tie_word_embeddings=shape.tied_embeddings,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def theirs(file: str, threads: int, prompt_len: int, gen_len: int, _quant: str) -> Run:
+    """Hugging Face's forward function with its KV cache, in bf16; the values of weights do not change its speed."""
+    from llama_mp.config import RunConfig
+    from llama_mp.locate import locate_weights
+
+    torch.set_num_threads(threads)
+    model = hugging_face_model(locate_weights(RunConfig(ckpt_dir=Path(file))).config)
 
     @torch.inference_mode()
     def run() -> Mapping[str, float]:

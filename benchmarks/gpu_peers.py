@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from contender import hugging_face_model
 from torch import nn
 
 from llama_mp.ceiling import synchronize
@@ -110,21 +111,8 @@ def fill(model: nn.Module) -> None:
 
 
 def hugging_face(device: torch.device, size: str, prompt_len: int, gen_len: int) -> Callable[[], Taken]:
-    import transformers
-
-    shape = load_size(size)
-    config = transformers.LlamaConfig(
-        hidden_size=shape.dim,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        intermediate_size=shape.hidden_dim,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.context_length,
-        tie_word_embeddings=shape.tied_embeddings,
-    )
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = hugging_face_model(load_size(size))
     prompt = torch.randint(0, 1024, (1, prompt_len), device=device)
     settings = {"do_sample": False, "cache_implementation": "static", "eos_token_id": None, "pad_token_id": 0}
 

@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from llama_mp.bench import BenchFlags
 from llama_mp.ceiling import COLUMNS, make_block, synchronize, together
 from llama_mp.config import ModelConfig, RunConfig, SamplingConfig, load_size
+from llama_mp.graphs import Recorder
 from llama_mp.kernels import activation_dtype
 from llama_mp.layout import heads_per_rank
 from llama_mp.llm import LLM
@@ -159,14 +160,14 @@ def recorded(calls: list[tuple[nn.Module, torch.Tensor]], device: torch.device) 
         for module, x in calls:
             module(x)
 
-    all_calls()  # warm-up
     if device.type == "cpu":
+        all_calls()  # warm-up
         return all_calls
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        all_calls()
-    graph.replay()
-    return graph.replay
+    recorder = Recorder(device)
+    recorder.warm_up(all_calls)
+    replay = recorder.record(all_calls)
+    replay()
+    return replay
 
 
 def kernels(device: torch.device, size: str, prompt_len: int, quant: str) -> dict[str, Any]:
