@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from llama_mp.chunks import PRODUCT_BYTES, PRODUCT_ROWS, batch_sizes
 from llama_mp.config import ModelConfig
-from llama_mp.cores import has_fast_bf16
+from llama_mp.cores import fast_bf16
 from llama_mp.layout import heads_per_rank, padded
 
 BF16, FP32, INT64, COMPLEX64 = 2, 4, 8, 8
@@ -45,16 +45,20 @@ class Sizes(NamedTuple):
         """Elements of a head as torch's kernels of attention take it."""
         return self.D if self.on_cpu else padded(self.D, ALIGNMENT // self.e)
 
+    @property
+    def by_torch(self) -> bool:
+        """Whether a CPU leaves the products of many rows to torch."""
+        return self.on_cpu and self.c < self.e and fast_bf16() == "torch"
+
     def product(self, num_tokens: int, num_in: int, num_out: int) -> int:
-        """Bytes beside the input of a product, its output among them (kernels.linear). Where it is made in bf16, input
-        and output are there in that type for a moment; where in fp32, some of the weight's rows and what they make."""
+        """Bytes beside the input of a product, its output among them (kernels.linear). On a CPU the input is turned,
+        and rounded where bf16 is faster; torch's products in bf16 have the output in that type for a moment, too."""
         output = num_tokens * num_out * self.e
-        if self.c == self.e:
-            return output + (0 if self.on_cpu else self.unpacked(num_in, num_out))
-        if has_fast_bf16():
+        if not self.on_cpu:
+            return output + self.unpacked(num_in, num_out)
+        if self.by_torch:
             return num_tokens * num_out * BF16 + max(num_tokens * num_in * BF16, output)
-        num_rows = min(num_out, max(1, PRODUCT_BYTES["cpu"] // FP32 // num_in))
-        return output + num_rows * (num_in + num_tokens) * FP32
+        return output + num_tokens * num_in * (BF16 if self.c < self.e and fast_bf16() else FP32)
 
     def unpacked(self, num_in: int, num_out: int) -> int:
         """Of packed weights some rows at a time, as a GPU multiplies with them; of int4 beside them the codes of half a
@@ -111,8 +115,11 @@ def prefill_bytes(s: Sizes, num_tokens: int, length: int) -> int:
         return max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
     mask = num_tokens * length if length > num_tokens else 0
     widened = 2 * s.K * length * s.D * s.e if s.c < s.e else 0
-    repeated = 2 * s.H * length * s.D * s.e if s.H > s.K else 0
-    attend = mask * s.e + widened + repeated + num_tokens * s.H * s.D * s.e
+    attend = mask * s.e + num_tokens * s.H * s.D * s.e
+    if s.H > s.K:  # what is repeated is let go then
+        attend = 2 * s.H * length * s.D * s.e + max(widened, attend)
+    else:
+        attend += widened
     return mask + max(block_bytes(s, num_tokens, attend), num_tokens * s.C * s.e + choice_bytes(s, 1))
 
 
@@ -169,8 +176,8 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
     Rotation: q, k, v, (H + 2K) D; of q and k an fp32 copy (where e is less), the complex product, the result; kernels
     turn q where it is and k on its way to the cache.
     Behind attention: its output H D and wo's C.
-    Feed-forward: w13's output 2F, of which SwiGLU makes F, by torch's operations on a GPU by way of silu(gate); then
-    that F and w2's C."""
+    Feed-forward: w13's output 2F, of which SwiGLU makes F, by torch's operations on a GPU by way of silu(gate); our own
+    products on a CPU make F at once. Then that F and w2's C."""
     N, qk, fused = num_tokens, (s.H + s.K) * s.D, (s.H + 2 * s.K) * s.D
     heads = N * fused * s.e
     rotated = 0 if s.has_kernels else N * qk * s.e
@@ -180,10 +187,13 @@ def block_bytes(s: Sizes, num_tokens: int, attend: int) -> int:
         # Products add to x themselves, and the normed x ends with the product that it is for.
         return N * s.C * s.e + max(N * (s.C + 2 * s.F) * s.e, N * 3 * s.F * s.e, N * s.C * s.e + heads, heads + attend)
     attention = 2 * N * s.C * s.e + max(s.product(N, s.C, fused), heads + rotate, behind)
-    swiglu = N * (3 if s.on_cpu or s.has_kernels else 4) * s.F * s.e
+    if s.on_cpu and not s.by_torch:
+        hidden = s.product(N, s.C, s.F)
+    else:
+        hidden = max(s.product(N, s.C, 2 * s.F), N * (3 if s.by_torch or s.has_kernels else 4) * s.F * s.e)
     down = N * s.F * s.e + s.product(N, s.F, s.C)
     num_kept = 2 if s.has_kernels else 3
-    feed_forward = num_kept * N * s.C * s.e + max(s.product(N, s.C, 2 * s.F), swiglu, down)
+    feed_forward = num_kept * N * s.C * s.e + max(hidden, down)
     attending = 2 * N * s.C * s.e + heads + rotated + attend
     late = N * s.C * s.e if s.mp > 1 else 0
     return max(attention, feed_forward, attending) + late

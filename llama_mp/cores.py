@@ -19,9 +19,11 @@ def cpu_features() -> frozenset[str]:
     return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split()[2:])
 
 
-def has_fast_bf16() -> bool:
-    """Whether products of many rows are faster in bf16 than in fp32: where cores multiply bf16, and torch uses it."""
-    return not cpu_features().isdisjoint(("avx512_bf16", "amx_bf16"))
+def fast_bf16() -> str | None:
+    """By whom products of many rows are faster in bf16 than in fp32: by "torch" where the cores multiply tiles, by
+    many_rows.c where they multiply "pairs"; None where they do not multiply bf16."""
+    features = cpu_features()
+    return "torch" if "amx_bf16" in features else "pairs" if "avx512_bf16" in features else None
 
 
 def threads_asked() -> int | None:

@@ -10,16 +10,8 @@
 
 #include "vectors.h"
 
-enum { GROUP = 32, GROUPS = LANES / 4, CHAINS = 4, BATCH = LANES / 4, BLOCK = 16, AHEAD = 4096, UNPACKED = 16 };
-enum { BF16, INT8, INT4 };
-
-INLINE float half_to_float(uint16_t half) {
-    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    value *= 0x1p112f;
-    return half & 0x8000 ? -value : value;
-}
+enum { GROUP = 32, GROUPS = LANES / 4, CHAINS = 4, BATCH = LANES / 4, BLOCK = 16, AHEAD = 4096 };
+enum { BF16, INT8, INT4, INT4_PAIRS }; /* the last with x rounded to bf16, if MULTIPLIES_PAIRS */
 
 /* IEEE half in the high 16 bits to single, times `factor`: exact, but for infinities and NaN, which ranges are not. */
 INLINE floats from_half(words half, float factor) {
@@ -49,6 +41,7 @@ INLINE floats values_of(words w) { return __builtin_convertvector((integers)w, f
 /* A row of W and what it is multiplied with: x, which `prepare` has laid out for the kind. */
 typedef struct {
     const char *w;     /* the row */
+    const char *end;   /* of the matrix */
     long row_bytes;    /* from one row to the next */
     const float *x;    /* [batch, x_length] */
     const float *sums; /* of x: of each group for INT4, of all for INT8, [batch, num_sums] */
@@ -58,7 +51,8 @@ typedef struct {
     long num_sums;
 } operands;
 
-/* A vector of a row from `at`; what lies beyond its `end` is zero, and is not touched. */
+/* A vector from `at`; what lies beyond `end` is zero, and is not touched. That is the end of a row only where what
+ * follows may not be finite: what x is zero for may be anything else. */
 #define LOAD(at, end, room) *(const words *)((at) + sizeof(words) <= (end) ? (at) : fill_up(at, end, room))
 
 INLINE const char *fill_up(const char *at, const char *end, char *room) {
@@ -89,10 +83,9 @@ INLINE void products_bf16(const operands *o, int batch, floats (*sums)[CHAINS]) 
 /* Byte k of each of a vector of words, k = 0 .. 3, lies where it is in its word: x is divided by 256^k instead. Codes
  * are made non-negative, which 128 times the sum of x undoes. */
 INLINE void products_int8(const operands *o, int batch, floats (*sums)[CHAINS]) {
-    const char *end = o->w + o->row_bytes;
     char room[sizeof(words)];
     for (long i = 0; i < o->num_cols; i += 4 * LANES) {
-        words codes = LOAD(o->w + i, end, room) ^ 0x80808080u;
+        words codes = LOAD(o->w + i, o->end, room) ^ 0x80808080u;
         __builtin_prefetch(o->w + i + AHEAD);
         UNROLL for (int k = 0; k < 4; k++) {
             floats w = values_of(k < 3 ? codes & 0xffu << 8 * k : codes >> 24);
@@ -119,31 +112,55 @@ INLINE floats sum_of_groups(words codes, const float *x) {
     return low + high;
 }
 
+/* The codes' products with x, which is [4] vectors of pairs of bf16: nibbles k and k + 4 of each word, k = 0 .. 3. */
+#ifdef __AVX512BF16__
+INLINE floats sum_in_pairs(words codes, const float *x) {
+    /* 0 to 15 in bf16, twice: the table is looked up by 5 bits, of which the highest is of the next nibble. */
+    static const uint16_t table[32] = {
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
+        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+        0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+    };
+    __m512i values = _mm512_loadu_si512(table);
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    UNROLL for (int k = 0; k < 4; k++) {
+        __m512i pairs = _mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)codes, 4 * k), values);
+        sums[k % 2] = _mm512_dpbf16_ps(sums[k % 2], (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(x + k * LANES));
+    }
+    return (floats)sums[0] + (floats)sums[1];
+}
+#else
+INLINE floats sum_in_pairs(words codes, const float *x) { return as_floats(codes) * x[0]; } /* never called */
+#endif
+
 /* LANES groups from column i on; `is_whole`: the row holds all of them. */
-INLINE void add_groups(const operands *o, long i, int is_whole, int batch, floats (*sums)[CHAINS]) {
-    const char *end = o->w + o->row_bytes, *ranges = o->w + o->num_groups * GROUP / 2 + i / GROUP * 4;
+INLINE void add_groups(int kind, const operands *o, long i, int is_whole, int batch, floats (*sums)[CHAINS]) {
+    const char *ranges = o->w + o->num_groups * GROUP / 2 + i / GROUP * 4;
     char room[sizeof(words)];
-    words pairs = is_whole ? *(const words *)ranges : LOAD(ranges, end, room);
-    __builtin_prefetch(ranges + AHEAD);
-    floats scales = from_half(pairs << 16, 16), offsets = from_half(pairs, 1);
+    words pairs = is_whole ? *(const words *)ranges : LOAD(ranges, o->end, room);
+    const char *ahead = o->w + i / GROUP * (GROUP / 2 + 4) + 2 * AHEAD; /* in the order of memory: fastest */
+    UNROLL for (int line = 0; line < LANES * (GROUP / 2 + 4); line += 64) __builtin_prefetch(ahead + line);
+    floats scales = from_half(pairs << 16, kind == INT4 ? 16 : 1), offsets = from_half(pairs, 1);
     UNROLL for (int b = 0; b < batch; b++)
         sums[b][0] += offsets * *(const floats *)(o->sums + b * o->num_sums + i / GROUP);
     UNROLL for (int quarter = 0; quarter < 4; quarter++) {
         long column = i + quarter * GROUPS * GROUP;
         if (!is_whole && column >= o->num_cols) break;
         const char *at = o->w + column / 2;
-        words codes = is_whole ? *(const words *)at : LOAD(at, end, room);
-        __builtin_prefetch(at + AHEAD);
+        words codes = is_whole ? *(const words *)at : LOAD(at, o->end, room);
         floats scale = four_times(scales, quarter);
-        UNROLL for (int b = 0; b < batch; b++)
-            sums[b][1 + quarter % 2] += sum_of_groups(codes, o->x + b * o->x_length + column / 8 * 9) * scale;
+        UNROLL for (int b = 0; b < batch; b++) {
+            const float *x = o->x + b * o->x_length;
+            floats sum = kind == INT4 ? sum_of_groups(codes, x + column / 8 * 9) : sum_in_pairs(codes, x + column / 2);
+            sums[b][1 + quarter % 2] += sum * scale;
+        }
     }
 }
 
-INLINE void products_int4(const operands *o, int batch, floats (*sums)[CHAINS]) {
+INLINE void products_int4(int kind, const operands *o, int batch, floats (*sums)[CHAINS]) {
     long i = 0;
-    for (; i + LANES * GROUP <= o->num_groups * GROUP; i += LANES * GROUP) add_groups(o, i, 1, batch, sums);
-    if (i < o->num_cols) add_groups(o, i, 0, batch, sums);
+    for (; i + LANES * GROUP <= o->num_groups * GROUP; i += LANES * GROUP) add_groups(kind, o, i, 1, batch, sums);
+    if (i < o->num_cols) add_groups(kind, o, i, 0, batch, sums);
 }
 
 /* y[b * num_rows + r] for some rows of W, one after the other, as memory is read fastest, and `batch` rows of x. */
@@ -152,7 +169,7 @@ INLINE void products(int kind, operands o, long rows, int batch, float *y, long 
         floats sums[BATCH][CHAINS] = {0};
         if (kind == BF16) products_bf16(&o, batch, sums);
         if (kind == INT8) products_int8(&o, batch, sums);
-        if (kind == INT4) products_int4(&o, batch, sums);
+        if (kind == INT4 || kind == INT4_PAIRS) products_int4(kind, &o, batch, sums);
         float scale = 1;
         if (kind == INT8) memcpy(&scale, o.w + o.row_bytes - sizeof scale, sizeof scale);
         for (int b = 0; b < batch; b++) {
@@ -162,6 +179,8 @@ INLINE void products(int kind, operands o, long rows, int batch, float *y, long 
         }
     }
 }
+
+typedef void products_of(const operands *o, long rows, int batch, float *y, long num_rows);
 
 #define DEFINE_PRODUCTS(kind, name)                                                      \
     static void name(const operands *o, long rows, int batch, float *y, long num_rows) { \
@@ -173,6 +192,14 @@ INLINE void products(int kind, operands o, long rows, int batch, float *y, long 
 DEFINE_PRODUCTS(BF16, all_bf16)
 DEFINE_PRODUCTS(INT8, all_int8)
 DEFINE_PRODUCTS(INT4, all_int4)
+DEFINE_PRODUCTS(MULTIPLIES_PAIRS ? INT4_PAIRS : INT4, all_int4_pairs)
+
+/* The first of each 4 elements, of GROUPS groups. */
+INLINE floats every_fourth(const float *x) {
+    floats found;
+    for (int lane = 0; lane < LANES; lane++) found[lane] = x[lane / 4 * GROUP + lane % 4 * 4];
+    return found;
+}
 
 /* One row of x, filled up with zeros, in the order in which the kind's products read it; and its sums. */
 static void prepare(int kind, const float *x, const operands *o, float *prepared, float *sums) {
@@ -188,28 +215,41 @@ static void prepare(int kind, const float *x, const operands *o, float *prepared
                     sums[word] += x[4 * word + k];
                     prepared[k * LANES + word] = x[4 * word + k] * (k < 3 ? 1.0f / (1 << 8 * k) : 1.0f);
                 }
-    } else { /* the low nibbles of a group's 16 bytes first, then the high ones */
+    } else if (kind == INT4) { /* the low nibbles of a group's 16 bytes first, then the high ones */
         for (long i = 0; i < n; i += GROUPS * GROUP, prepared += 9 * LANES, sums += GROUPS) {
             floats less = {0};
             for (int k = 0; k < 8; k++) {
-                const float *from = x + i + k / 2 + k % 2 * GROUP / 2;
-                for (int lane = 0; lane < LANES; lane++)
-                    prepared[k * LANES + lane] = from[lane / 4 * GROUP + lane % 4 * 4];
-                less -= *(const floats *)(prepared + k * LANES);
+                floats part = every_fourth(x + i + k / 2 + k % 2 * GROUP / 2);
+                *(floats *)(prepared + k * LANES) = part;
+                less -= part;
             }
             *(floats *)(prepared + 8 * LANES) = less;
             for (int lane = 0; lane < LANES; lane++) sums[lane / 4] -= less[lane];
         }
+    } else { /* the same for nibbles k and k + 4 */
+        for (long i = 0; i < n; i += GROUPS * GROUP, prepared += 4 * LANES, sums += GROUPS) {
+            floats sum = {0};
+            for (int k = 0; k < 4; k++) {
+                const float *from = x + i + k / 2 + k % 2 * GROUP / 2;
+                words low = bits_of_bf16(every_fourth(from)), high = bits_of_bf16(every_fourth(from + 2)) << 16;
+                *(words *)(prepared + k * LANES) = low | high;
+                sum += as_floats(low << 16) + as_floats(high);
+            }
+            for (int lane = 0; lane < LANES; lane++) sums[lane / 4] += sum[lane];
+        }
     }
 }
+
+int multiplies_pairs(void) { return MULTIPLIES_PAIRS; }
 
 /* y [batch, rows] = x [batch, cols] times the transpose of w [rows, cols]; all contiguous, cols even for BF16.
  * Returns 0, or 1 when there is no memory for a copy of x. */
 int linear(int kind, const char *w, const float *x, float *y, long batch, long rows, long cols, long row_bytes) {
-    static const long units[] = {4 * LANES, 4 * LANES, 8 * LANES}; /* of columns, by kind */
-    long num_groups = kind == INT4 ? (cols + GROUP - 1) / GROUP : 0;
-    operands all = {w, row_bytes, .num_cols = (cols + units[kind] - 1) / units[kind] * units[kind]};
-    all.x_length = kind == INT4 ? all.num_cols / 8 * 9 : all.num_cols;
+    static const long units[] = {4 * LANES, 4 * LANES, 8 * LANES, 8 * LANES}; /* of columns, by kind */
+    static products_of *const of_kind[] = {all_bf16, all_int8, all_int4, all_int4_pairs};
+    long num_groups = kind >= INT4 ? (cols + GROUP - 1) / GROUP : 0;
+    operands all = {w, w + rows * row_bytes, row_bytes, .num_cols = (cols + units[kind] - 1) / units[kind] * units[kind]};
+    all.x_length = kind == INT4 ? all.num_cols / 8 * 9 : kind == INT4_PAIRS ? all.num_cols / 2 : all.num_cols;
     all.num_groups = num_groups, all.num_sums = (num_groups / LANES + 1) * LANES;
     size_t num_bytes = (all.num_cols + batch * (all.x_length + all.num_sums)) * sizeof(float);
     float *room = aligned_alloc(sizeof(floats), num_bytes); /* each part of it is of whole vectors */
@@ -229,44 +269,9 @@ int linear(int kind, const char *w, const float *x, float *y, long batch, long r
             operands o = all;
             o.w += first * row_bytes, o.x += b * all.x_length, o.sums += b * all.num_sums;
             int some = batch - b < BATCH ? batch - b : BATCH;
-            (kind == BF16 ? all_bf16 : kind == INT8 ? all_int8 : all_int4)(&o, count, some, y + b * rows + first, rows);
+            of_kind[kind](&o, count, some, y + b * rows + first, rows);
         }
     }
     free(room);
     return 0;
-}
-
-/* `count` groups, up to UNPACKED of them, as floats. */
-static void unpack_groups(const uint8_t *codes, const uint16_t *ranges, long count, float *values) {
-    float low[UNPACKED * GROUP / 2], high[UNPACKED * GROUP / 2];
-    for (long i = 0; i < count * GROUP / 2; i++) low[i] = codes[i] & 15, high[i] = codes[i] >> 4;
-    for (long g = 0; g < count; g++, values += GROUP) {
-        float scale = half_to_float(ranges[2 * g]), offset = half_to_float(ranges[2 * g + 1]);
-        UNROLL for (int i = 0; i < GROUP / 2; i += LANES) {
-            *(floats *)(values + i) = *(floats *)(low + g * GROUP / 2 + i) * scale + offset;
-            *(floats *)(values + GROUP / 2 + i) = *(floats *)(high + g * GROUP / 2 + i) * scale + offset;
-        }
-    }
-}
-
-/* matrix [rows, cols], in bf16 or fp32, = what w [rows, cols] is packed from: INT8 or INT4. */
-void unpack(int kind, const char *w, char *matrix, int is_bf16, long rows, long cols, long row_bytes) {
-    enum { MOST = UNPACKED * GROUP };
-    long num_groups = (cols + GROUP - 1) / GROUP;
-#pragma omp parallel for schedule(static)
-    for (long r = 0; r < rows; r++) {
-        const char *row = w + r * row_bytes;
-        float values[MOST], scale;
-        memcpy(&scale, row + row_bytes - sizeof scale, sizeof scale); /* of INT8 */
-        for (long first = 0; first < cols; first += MOST) {
-            long count = cols - first < MOST ? cols - first : MOST, g = first / GROUP;
-            if (kind == INT8) {
-                for (long i = 0; i < count; i++) values[i] = scale * ((const int8_t *)row)[first + i];
-            } else {
-                const uint16_t *ranges = (const uint16_t *)(row + num_groups * GROUP / 2) + 2 * g;
-                unpack_groups((const uint8_t *)row + first / 2, ranges, (count + GROUP - 1) / GROUP, values);
-            }
-            store(is_bf16, values, matrix + (r * cols + first) * (is_bf16 ? 2 : 4), count);
-        }
-    }
 }

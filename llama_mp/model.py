@@ -26,12 +26,13 @@ from llama_mp.fused import (
     attention_half,
     feed_forward_half,
     for_rows,
+    gated,
     half_of,
     rms_norm,
     suits,
     swiglu,
 )
-from llama_mp.kernels import MAX_ROWS, activation_dtype
+from llama_mp.kernels import activation_dtype, few_rows
 from llama_mp.layers import ColumnLinear, Embedding, RowLinear
 from llama_mp.layout import heads_per_rank, padded
 from llama_mp.memory import hidden_unit
@@ -150,7 +151,7 @@ class FeedForward(nn.Module):
         self.w2 = RowLinear(self.hidden_dim, config.dim)
 
     def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
-        return self.w2(swiglu(self.w13(x_NC)))
+        return self.w2(gated(x_NC, self.w13.weight, self.w13.precision))
 
     def hidden(self, x_NC: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """What w2 is multiplied with, of x that is yet to be normed."""
@@ -173,12 +174,17 @@ class Block(nn.Module):
         if cuda.steps_on(x_NC.device):
             if len(x_NC) == 1 or self.attention.wo.adds(x_NC):
                 return self.on_cuda(x_NC, step, keys, values)
-        elif len(x_NC) == step.batch_size <= MAX_ROWS and suits(x_NC, keys) and (halves := self.halves()):
+        elif self.is_step_of_few(x_NC, step) and suits(x_NC, keys) and (halves := self.halves()):
             return self.in_two_calls(halves, x_NC, step, keys[step.attended_slots], values[step.attended_slots])
         attended_NC = reduce(self.attention(self.attention_norm(x_NC), step, keys, values))
         x_NC, normed_NC = self.ffn_norm.of_sum(x_NC, attended_NC)
         del attended_NC  # a pass over a prompt is planned without it
         return x_NC.add_(reduce(self.feed_forward(normed_NC)))
+
+    def is_step_of_few(self, x_NC: torch.Tensor, step: Step) -> bool:
+        """Whether there is a token a row, and so few of them as the products of a half take."""
+        column = self.attention.wqkv
+        return len(x_NC) == step.batch_size <= few_rows(column.weight.dtype, column.precision)
 
     def on_cuda(self, x_NC: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """On a GPU what lies around a product is done by the kernel of the product, where it can."""
@@ -207,7 +213,8 @@ class Block(nn.Module):
                 (self.attention_norm, attention.wqkv.weight, attention.wo.weight, width),
                 (self.ffn_norm, feed_forward.w13.weight, feed_forward.w2.weight, feed_forward.hidden_dim),
             )
-            made = tuple(half_of(norm.weight, norm.eps, first, second, cols) for norm, first, second, cols in pairs)
+            precision = attention.wqkv.precision
+            made = tuple(half_of(norm.weight, norm.eps, *weights, precision) for norm, *weights in pairs)
             self.known, self.made = weakref.ref(attention.wqkv.weight), None if None in made else made
         return self.made
 

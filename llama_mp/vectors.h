@@ -4,12 +4,18 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+enum { MULTIPLIES_PAIRS = 1 }; /* of bf16, with sums in fp32 */
+#else
+enum { MULTIPLIES_PAIRS = 0 };
+#endif
 #if defined(__AVX512F__)
 #define LANES 16
 #else
 #define LANES 8
 #endif
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 32")
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -32,13 +38,27 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays Na
 }
 
 INLINE void store(int is_bf16, const float *x, void *to, long count) {
-    if (is_bf16)
-        for (long i = 0; i < count; i++) ((uint16_t *)to)[i] = to_bf16(x[i]);
-    else
-        memcpy(to, x, count * sizeof *x);
+    long i = 0;
+    if (!is_bf16) memcpy(to, x, count * sizeof *x), i = count;
+#ifdef __AVX512BF16__
+    for (; i + LANES <= count; i += LANES) {
+        __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+        memcpy((uint16_t *)to + i, &rounded, sizeof rounded);
+    }
+#endif
+    for (; i < count; i++) ((uint16_t *)to)[i] = to_bf16(x[i]);
 }
 
 INLINE floats as_floats(words bits) { return (floats)bits; }
+
+INLINE words bits_of_bf16(floats v) { /* `to_bf16` */
+#ifdef __AVX512BF16__
+    return (words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+    words bits = (words)v, is_nan = (words)((bits & 0x7fffffff) > 0x7f800000);
+    return (is_nan & (bits >> 16 | 0x40)) | (~is_nan & (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#endif
+}
 
 #if __GNUC__ >= 12 || defined(__clang__)
 #define SHUFFLED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)

@@ -59,7 +59,7 @@ def settled_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def peaks(name: str, dtype: str, fast_bf16: bool) -> dict[str, int] | None:
+def peaks(name: str, dtype: str, fast_bf16: str | None) -> dict[str, int] | None:
     """In a rank: the peaks of the passes of a prompt, of the table of rotations and of a choice."""
     world = jobs.connect(jobs.RunConfig(device="cpu"))
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def peaks(name: str, dtype: str, fast_bf16: bool) -> dict[str, int] | None:
     fill(model, {n: torch.rand(s.shape).to(kind) / 99 for n, s in run_time_shards(config, world.rank, mp).items()})
     cache = KVCache.allocate(config, mp, num_slots=4, max_seq_len=LENGTH, dtype=kind, device=CPU)
     rotations, runner = allocated(lambda: Runner(config, model, cache))
-    in_bf16 = patch.object(llama_mp.kernels, "has_fast_bf16", lambda: fast_bf16)
+    in_bf16 = patch.object(llama_mp.kernels, "fast_bf16", lambda: fast_bf16)
     settled = [patch.object(module, "reduce", settled_sum) for module in (llama_mp.model, llama_mp.layers)]
     with in_bf16, settled[0], settled[1]:
         runner.prefill([1, 2], slot=0, start=0, all_logits=False)  # what is made once, by the first pass
@@ -85,13 +85,13 @@ def peaks(name: str, dtype: str, fast_bf16: bool) -> dict[str, int] | None:
 
 
 @pytest.mark.parametrize("mp", [1, 2])
-@pytest.mark.parametrize(("dtype", "fast_bf16"), [("fp32", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize(("dtype", "fast_bf16"), [("fp32", None), ("bf16", None), ("bf16", "pairs"), ("bf16", "torch")])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pass_holds_what_is_planned(
-    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, fast_bf16: bool, mp: int
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, fast_bf16: str | None, mp: int
 ) -> None:
     """On machines whose cores multiply bf16 and on others."""
-    monkeypatch.setattr(llama_mp.activations, "has_fast_bf16", lambda: fast_bf16)
+    monkeypatch.setattr(llama_mp.activations, "fast_bf16", lambda: fast_bf16)
     config = MODELS[name]
     found = ranks.run(mp, peaks, name=name, dtype=dtype, fast_bf16=fast_bf16)[0]
     sizes = sizes_of(config, mp, DTYPES[dtype].itemsize, on_cpu=True)

@@ -1,12 +1,13 @@
 """The steps between the matrix products as fused.c computes them, against torch's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from llama_mp import fused
+from llama_mp import fused, kernels, quant
 from llama_mp.compiled import library_of
 from llama_mp.config import ModelConfig
 from llama_mp.cores import cpu_features
@@ -40,6 +41,28 @@ def test_swiglu(hidden_dim: int) -> None:
     gate, up = x.double().chunk(2, dim=-1)
     expected = F.silu(gate) * up
     torch.testing.assert_close(fused.swiglu(x).double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("pack", [torch.Tensor.float, torch.Tensor.bfloat16, lambda w: quant.pack(w, "int4")])
+@pytest.mark.parametrize(("num_rows", "hidden_dim"), [(2, 16), (9, 1), (40, 12), (70, 50)])
+def test_gated_is_swiglu_of_the_product(
+    pack: Callable[[torch.Tensor], torch.Tensor], num_rows: int, hidden_dim: int
+) -> None:
+    weight, x = pack(torch.randn(2 * hidden_dim, 96)), torch.randn(num_rows, 96)
+    for precision in (torch.float32, torch.bfloat16):
+        expected = fused.swiglu(kernels.linear(x, weight, precision))
+        torch.testing.assert_close(fused.gated(x, weight, precision), expected)
+
+
+def test_gated_of_many_rows_makes_nothing_twice_as_wide() -> None:
+    """Many rows, in one go; without a compiler, or where torch's products are faster, in two."""
+    x, weight = torch.randn(30, 64), torch.randn(48, 64).bfloat16()
+    with patch.object(fused, "swiglu", side_effect=AssertionError):
+        assert fused.gated(x, weight, torch.float32).shape == (30, 24)
+    with patch.object(kernels, "load_many_rows", lambda: None), patch.object(kernels, "fast_bf16", lambda: None):
+        torch.testing.assert_close(
+            fused.gated(x, weight, torch.bfloat16), fused.swiglu(x @ weight.float().T), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_swiglu_takes_views_that_are_not_contiguous() -> None:

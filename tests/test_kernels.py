@@ -21,6 +21,8 @@ PACKS: dict[str, Pack] = {
     "int8": lambda weight: quant.pack(weight, "int8"),
     "int4": lambda weight: quant.pack(weight, "int4"),
 }
+WITH_FP32 = PACKS | {"fp32": lambda weight: weight}
+MANY_SHAPES = [(77, 100, 9), (1, 2, 17), (24, 1030, 33), (50, 4134, 64), (3, 71, 70), (25, 2048, 130)]
 SHAPES = [(1, 2), (3, 8), (5, 34), (16, 64), (96, 576), (331, 130), (7, 4096), (50, 1000)]
 
 
@@ -31,10 +33,23 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "x86-64-v3" and not {"avx2", "fma"} <= cpu_features():
         pytest.skip("this machine has no AVX2")
     monkeypatch.setattr(kernels, "NATIVE", option)
-    kernels.load_kernels.cache_clear()
+    forget_libraries()
     assert kernels.load_kernels() is library_of(kernels.SOURCE, option)
+    assert kernels.load_many_rows() is library_of(kernels.MANY_ROWS, option)
     yield request.param
+    forget_libraries()
+
+
+def forget_libraries() -> None:
     kernels.load_kernels.cache_clear()
+    kernels.load_many_rows.cache_clear()
+
+
+def multiplies_pairs() -> bool:
+    """Whether the kernels as built do, or the machine has nothing that does."""
+    return kernels.fast_bf16() is None or (
+        kernels.fast_bf16() == "pairs" and kernels.load_many_rows().multiplies_pairs()
+    )
 
 
 def exact(packed: torch.Tensor, num_cols: int) -> torch.Tensor:
@@ -54,30 +69,70 @@ def test_equals_the_product_in_fp64(machine: str, kind: str) -> None:
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6 * cols)
 
 
+def test_int4_takes_x_rounded_where_the_run_is_in_bf16_and_the_machine_multiplies_it(machine: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, cols in SHAPES:
+        packed = PACKS["int4"](torch.randn(rows, cols, generator=generator))
+        for num_rows in (1, 3, kernels.MAX_ROWS):
+            x = torch.randn(num_rows, cols, generator=generator)
+            rounded = x.bfloat16() if kernels.kind_of(torch.uint8, torch.bfloat16) == kernels.INT4_PAIRS else x
+            found, expected = kernels.linear(x, packed, torch.bfloat16), rounded.double() @ exact(packed, cols).T
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6 * cols)
+    assert kernels.kind_of(torch.uint8, torch.float32) == kernels.KINDS[torch.uint8]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", PACKS)
-def test_rows_do_not_depend_on_each_other(machine: str, kind: str) -> None:
+def test_rows_do_not_depend_on_each_other(machine: str, kind: str, precision: torch.dtype) -> None:
     weight, x = PACKS[kind](torch.randn(50, 70)), torch.randn(kernels.MAX_ROWS, 70)
-    for count in range(1, kernels.MAX_ROWS + 1):
-        together = kernels.linear(x[:count], weight)
-        assert all(torch.equal(together[i : i + 1], kernels.linear(x[i : i + 1], weight)) for i in range(count))
+    alone = [kernels.linear(x_1C, weight, precision) for x_1C in x.split(1)]
+    for count in range(1, kernels.few_rows(weight.dtype, precision) + 1):
+        assert torch.equal(kernels.linear(x[:count], weight, precision), torch.cat(alone[:count]))
 
 
-@pytest.mark.parametrize("fast_bf16", [False, True])
-@pytest.mark.parametrize("kind", PACKS)
-def test_many_rows(machine: str, monkeypatch: pytest.MonkeyPatch, kind: str, fast_bf16: bool) -> None:
-    """By torch's products, with the weight unpacked some rows at a time."""
-    monkeypatch.setattr(kernels, "has_fast_bf16", lambda: fast_bf16)
+@pytest.mark.parametrize("by", ["torch", "pairs", None])
+@pytest.mark.parametrize("kind", WITH_FP32)
+def test_many_rows(machine: str, monkeypatch: pytest.MonkeyPatch, kind: str, by: str | None) -> None:
+    """Columns and rows of more and less than what is computed at once; on machines that multiply bf16 and on others."""
+    monkeypatch.setattr(kernels, "fast_bf16", lambda: by)
     monkeypatch.setattr(kernels, "PRODUCT_BYTES", {"cpu": 4000})
-    weight, x = PACKS[kind](torch.randn(77, 100)), torch.randn(kernels.MAX_ROWS + 1, 100)
-    found, expected = kernels.linear(x, weight, torch.bfloat16), x.double() @ exact(weight, 100).T
-    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert found.dtype is torch.float32
-    assert error < (1e-2 if fast_bf16 else 1e-6)
+    for rows, cols, num_rows in MANY_SHAPES:
+        weight = WITH_FP32[kind](torch.randn(rows, cols))
+        x = torch.randn(num_rows, cols)
+        found, expected = kernels.linear(x, weight, torch.bfloat16), x.double() @ exact(weight, cols).T
+        error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert found.dtype is torch.float32
+        assert error < (1e-2 if by and kind != "fp32" else 2e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", WITH_FP32)
+def test_many_rows_do_not_depend_on_each_other_nor_on_threads(machine: str, kind: str, precision: torch.dtype) -> None:
+    weight = WITH_FP32[kind](torch.randn(60, 2100))
+    x, threads = torch.randn(100, 2100), torch.get_num_threads()
+    found = kernels.linear_of_many(x, weight, precision)
+    assert (found is None) == (precision is torch.bfloat16 and kind != "fp32" and not multiplies_pairs())
+    if found is None:
+        return  # torch's, which promises nothing
+    try:
+        for num_threads, rows in ((1, slice(0, 16)), (3, slice(7, 60)), (1, slice(90, 100))):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(kernels.linear_of_many(x[rows], weight, precision), found[rows])
+            assert torch.equal(kernels.linear_of_many(x, weight[24:], precision), found[:, 24:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_many_rows_of_weights_that_are_not_finite_show(machine: str) -> None:
+    weight = torch.ones(4, 64).bfloat16()
+    weight[0, 3], weight[1, 5], weight[2, 7] = float("nan"), float("inf"), float("-inf")
+    found = kernels.linear(torch.ones(20, 64), weight)
+    assert found[:, 0].isnan().all()
+    assert found[:, 1:].unique(dim=0).tolist() == [[float("inf"), float("-inf"), 64.0]]
 
 
 @pytest.mark.parametrize("kind", PACKS)
-def test_a_run_in_fp32_rounds_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(kernels, "has_fast_bf16", lambda: True)
+def test_a_run_in_fp32_rounds_nothing(kind: str) -> None:
     weight, x = PACKS[kind](torch.randn(77, 100)), torch.randn(40, 100)
     found = kernels.linear(x, weight, torch.float32)
     torch.testing.assert_close(found.double(), x.double() @ exact(weight, 100).T, rtol=1e-5, atol=2e-4)
@@ -179,7 +234,7 @@ def test_parts_of_a_gpus_product_begin_where_it_can_write_16_bytes() -> None:
     """Of 762 rows of w2 at a time in 7B, every second part would begin elsewhere."""
     with fake_cuda(), patch.object(kernels, "multiply_into") as multiply:
         weight = quant.empty_packed(torch.empty(4096, 11008, device=DEVICE), "int8")
-        kernels.linear_of_many(torch.empty(70, 11008, dtype=torch.half, device=DEVICE), weight, torch.half)
+        kernels.linear_by_torch(torch.empty(70, 11008, dtype=torch.half, device=DEVICE), weight, torch.half)
     parts = [call.args[0] for call in multiply.call_args_list]
     assert len(parts) == 6 and sum(part.shape[1] for part in parts) == 4096
     assert all(part.storage_offset() * part.element_size() % 16 == 0 for part in parts)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from test_activations import allocated
 
 from llama_mp import kernels, quant
-from llama_mp.kernels import linear, linear_of_many
+from llama_mp.kernels import linear, linear_by_torch
 from llama_mp.memory import QUANTIZING_BYTES, packed_row_bytes
 from llama_mp.quant import dequantize, pack
 
@@ -104,12 +104,12 @@ def test_products_are_those_of_the_matrix(kind: str, num_rows: int, dtype: torch
 def test_chunks_of_any_size_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, x = random_matrix(50, 90), random_matrix(2, 90)
     packed = pack(matrix, kind)
-    y = linear_of_many(x, packed, torch.float32)
+    y = linear_by_torch(x, packed, torch.float32)
     for num_elements in (1, 100, 1000):
         monkeypatch.setattr(quant, "QUANTIZE_ELEMENTS", {"cpu": num_elements})
         monkeypatch.setattr(kernels, "PRODUCT_BYTES", {"cpu": 4 * num_elements})
         assert torch.equal(pack(matrix, kind), packed)
-        assert torch.allclose(linear_of_many(x, packed, torch.float32), y, atol=1e-5)
+        assert torch.allclose(linear_by_torch(x, packed, torch.float32), y, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -118,7 +118,7 @@ def test_little_is_held_beside_the_matrices(kind: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(quant, "QUANTIZE_ELEMENTS", {"cpu": num_elements})
     monkeypatch.setattr(kernels, "PRODUCT_BYTES", {"cpu": 4 * num_elements})
     packing, packed = allocated(lambda: pack(matrix, kind))
-    multiplying, y = allocated(lambda: linear_of_many(matrix[:1], packed, torch.float32))
+    multiplying, y = allocated(lambda: linear_by_torch(matrix[:1], packed, torch.float32))
     small = 16 * len(matrix)  # maxima and scales of the rows
     assert packing - packed.nbytes <= QUANTIZING_BYTES * num_elements + small
     assert multiplying - y.nbytes <= QUANTIZING_BYTES * num_elements + small
