@@ -7,6 +7,7 @@ Examples:
 """
 
 import os
+from functools import partial
 
 from llama_mp import cli
 from llama_mp.chat import Chat, ChatFlags
@@ -40,7 +41,7 @@ def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
             while llm.follow():
                 pass
         else:
-            chat.hold(llm.stream)
+            chat.hold(partial(llm.stream, reuse=True))
             llm.dismiss()
         end_run(llm, flags)
     return 0

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_mp.chat_format import render_chat
-from llama_mp.config import ModelConfig
+from llama_mp.config import ModelConfig, RunConfig
 from llama_mp.errors import RequestError
 from llama_mp.locate import Checkpoint
 from llama_mp.prompts import Prompt
@@ -144,3 +144,16 @@ def needed_length(answers: Sequence[Answer], config: ModelConfig, max_seq_len: i
         return max_seq_len
     wanted = (len(a.request.prompt) + a.request.sampling.max_gen_len for a in answers if not a.is_finished)
     return min(max(wanted, default=1), config.context_length)
+
+
+def needed_shape(answers: Sequence[Answer], config: ModelConfig, run: RunConfig) -> list[int]:
+    """Slots and positions of the cache that `answers` need."""
+    num_slots = min(run.max_batch_size, sum(not answer.is_finished for answer in answers))
+    return [max(1, num_slots), needed_length(answers, config, run.max_seq_len)]
+
+
+def largest_shape(answers: Sequence[Answer], config: ModelConfig, run: RunConfig) -> list[int]:
+    """The same of any cache to come, where the answers are not known yet."""
+    if answers:
+        return needed_shape(answers, config, run)
+    return [run.max_batch_size, run.max_seq_len or config.context_length]

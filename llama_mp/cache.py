@@ -36,7 +36,26 @@ class KVCache:
     def max_seq_len(self) -> int:
         return self.keys[0].shape[1]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(held.nbytes for held in (*self.keys, *self.values))
+
+    def grow(self, max_seq_len: int) -> None:
+        """Have `max_seq_len` positions, the first of which hold what they held. One tensor after the other is replaced:
+        beside the larger cache there is one of the smaller ones at most."""
+        for kind in (self.keys, self.values):
+            for layer, held in enumerate(kind):
+                kind[layer] = lengthened(held, max_seq_len)
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to slot `target`."""
         for held in (*self.keys, *self.values):
             held[target, :length] = held[source, :length]
+
+
+def lengthened(held: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+    """`held`, [S, L, K, D], in `max_seq_len` positions, zeros in those that are new."""
+    num_slots, length, *head = held.shape
+    longer = held.new_zeros(num_slots, max_seq_len, *head)
+    longer[:, :length] = held
+    return longer

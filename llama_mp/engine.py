@@ -9,6 +9,7 @@ the host deals with the tokens that have landed; a row that turns out to have en
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,7 @@ class Flight:
     seats: list[Seat]
     tokens: Download
     logprobs: Download | None
-    is_prefill: bool
+    num_prefilled: int  # tokens of a prompt that the pass computes; none in a step
     num_positions: int  # of the cache, that the pass reads
     launched_s: float
 
@@ -72,10 +73,18 @@ class Flight:
 class Engine:
     """Runs the submitted requests to their end, one `step` after the other."""
 
-    def __init__(self, runner: Leader, *, eos_ids: frozenset[int], depth: int = 0, stats: Stats | None = None) -> None:
+    def __init__(
+        self,
+        runner: Leader,
+        *,
+        eos_ids: frozenset[int],
+        depth: int = 0,
+        stats: Stats | None = None,
+        held: Sequence[int] = (),
+    ) -> None:
         """`depth`: steps in the air while the host deals with tokens. `stats`: those to add to, where several engines
-        share them."""
-        self.runner, self.eos_ids, self.depth = runner, eos_ids, depth
+        share them. `held`: ids whose keys and values slot 0 has already; the first prompt need not compute them."""
+        self.runner, self.eos_ids, self.depth, self.held = runner, eos_ids, depth, held
         self.waiting: deque[Request] = deque()
         self.running: list[Seat] = []  # by slot
         self.flights: deque[Flight] = deque()
@@ -109,6 +118,13 @@ class Engine:
         unused = range(len(self.running), self.runner.cache.num_slots)
         return next(iter([*finished, *unused]), None)
 
+    def ids_in_slot_0(self) -> list[int]:
+        """Those whose keys and values it has: of a token that was chosen last the next step would have made them."""
+        if not self.running:
+            return []
+        seat = self.running[0]
+        return (seat.request.prompt + seat.request.tokens)[: seat.position]
+
     def close_gaps(self) -> None:
         """Drop finished rows; the last row moves into each gap."""
         for slot in reversed(range(len(self.running))):
@@ -125,18 +141,25 @@ class Engine:
     def admit(self, request: Request, slot: int) -> list[Request]:
         """Prefill the prompt into `slot` and wait for the first token: whoever asked does, too."""
         start, seat = time.perf_counter(), Seat(request=request)
+        num_held, self.held = self.num_held(request, slot), ()
         self.running[slot : slot + 1] = [seat]
-        logits_1V = self.prefill(request, slot=slot)
+        logits_1V = self.prefill(request, slot=slot, num_held=num_held)
         self.seen.begin(slot, request, logits_1V)
-        self.choose([seat], slot, logits_1V, start_s=start, is_prefill=True)
+        self.choose([seat], slot, logits_1V, start_s=start, num_prefilled=len(request.prompt) - num_held)
         return self.land()
 
-    def prefill(self, request: Request, *, slot: int) -> torch.Tensor:
-        """Run the prompt in chunks. Returns the logits [1, V] after its last token."""
+    def num_held(self, request: Request, slot: int) -> int:
+        """Tokens of the prompt that `slot` has already. One is always left to compute: its logits are wanted."""
+        if slot != 0 or request.sampling.prompt_logprobs:
+            return 0
+        return min(num_common(self.held, request.prompt), len(request.prompt) - 1)
+
+    def prefill(self, request: Request, *, slot: int, num_held: int) -> torch.Tensor:
+        """Run the prompt after `num_held` tokens in chunks. Returns the logits [1, V] after its last token."""
         scored = request.sampling.prompt_logprobs
         size = SCORED_CHUNK if scored else self.runner.prefill_chunk
         prompt = request.prompt
-        for start in range(0, len(prompt), size):
+        for start in range(num_held, len(prompt), size):
             chunk = prompt[start : start + size]
             logits_NV = self.runner.prefill(chunk, slot=slot, start=start, all_logits=scored)
             following = prompt[start + 1 : start + size + 1]
@@ -154,10 +177,10 @@ class Engine:
         """Have every row's next token computed."""
         start, seats = time.perf_counter(), list(self.running)
         logits_BV = self.runner.decode([seat.position for seat in seats])
-        self.choose(seats, 0, logits_BV, start_s=start, is_prefill=False)
+        self.choose(seats, 0, logits_BV, start_s=start)
 
     def choose(
-        self, seats: list[Seat], first_slot: int, logits_BV: torch.Tensor, *, start_s: float, is_prefill: bool
+        self, seats: list[Seat], first_slot: int, logits_BV: torch.Tensor, *, start_s: float, num_prefilled: int = 0
     ) -> None:
         """Choose the next token of neighbouring slots, and send it on its way. The host waits for nothing."""
         slots = slice(first_slot, first_slot + len(seats))
@@ -173,7 +196,7 @@ class Engine:
                 seats=seats,
                 tokens=Download(chosen.tokens),
                 logprobs=None if chosen.logprobs is None else Download(chosen.logprobs),
-                is_prefill=is_prefill,
+                num_prefilled=num_prefilled,
                 num_positions=num_positions,
                 launched_s=start_s,
             )
@@ -209,15 +232,21 @@ class Engine:
         takes between steps counts as far as it is more than the device takes for one."""
         stats, now = self.stats, time.perf_counter()
         seconds, self.landed_s = now - max(flight.launched_s, self.landed_s), now
-        if flight.is_prefill:
+        if flight.num_prefilled:
             stats.prefill_s += seconds
-            stats.prefilled_tokens += sum(len(seat.request.prompt) for seat in flight.seats)
+            stats.prefilled_tokens += flight.num_prefilled
             stats.first_token_s = stats.first_token_s or now - self.started_s
             return
         stats.decode_s += seconds
         stats.decode_steps += 1
         stats.decoded_tokens += len(flight.seats)
         stats.decode_positions += flight.num_positions
+
+
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def is_full(request: Request, num_tokens: int, max_seq_len: int) -> bool:

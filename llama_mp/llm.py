@@ -1,17 +1,18 @@
 """A model ready to answer, on one rank or many: the same object for scripts, notebooks and the launch files."""
 
+import contextlib
 import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_mp import cuda
-from llama_mp.answer import Answer, Codec, needed_length
+from llama_mp.answer import Answer, Codec, largest_shape, needed_shape
 from llama_mp.budget import Fitting
+from llama_mp.cache import KVCache
 from llama_mp.checkpoint.load import open_source
 from llama_mp.config import RunConfig, SamplingConfig, size_names
 from llama_mp.deterministic import DETERMINISTIC, ORDINARY, go_any_way, keep_to_one_way
@@ -20,7 +21,7 @@ from llama_mp.engine import Engine, Stats
 from llama_mp.errors import RequestError, abandon
 from llama_mp.flags import checked
 from llama_mp.graphs import GraphRunner
-from llama_mp.loading import load_model, warn_of_not_finite
+from llama_mp.loading import Loaded, load_model, warn_of_not_finite
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import PeakMemory, choose_dtype, free_room, threads_per_rank
 from llama_mp.memory import RankMemory, check_layout, has_graphs
@@ -31,15 +32,6 @@ from llama_mp.prompts import Messages, as_prompt
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 from llama_mp.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What loading cost, on all ranks."""
-
-    seconds: float
-    bytes_read: int
-    weight_bytes: int
 
 
 class LLM:
@@ -112,7 +104,7 @@ class LLM:
         world.agree("precision", str(self.dtype), "give --dtype")
         dtype, kind = DTYPE_NAMES[self.dtype], world.device.type
         self.fitting = Fitting(self.run, self.config, world.size, dtype, kind, has_kernels=cuda.available(world.device))
-        shape, largest = world.tell([self.shape_for(answers), self.largest_shape(answers)])
+        shape, largest = world.tell([of(answers, self.config, self.run) for of in (needed_shape, largest_shape)])
         with world.together():
             self.fitting.settle(largest, free_room(world.device, world.local_size))
             self.check_fits(shape)
@@ -152,20 +144,28 @@ class LLM:
             pass
         return self.world.tell([answer.record() for answer in answers])
 
-    def stream(self, answers: Sequence[Answer]) -> Iterator[tuple[Answer, str]]:
-        """Rank 0: compute `answers`; each time one gains text or ends, it and the text gained. The others `follow`."""
+    def stream(self, answers: Sequence[Answer], *, reuse: bool = False) -> Iterator[tuple[Answer, str]]:
+        """Rank 0: compute `answers`; each time one gains text or ends, it and the text gained. The others `follow`.
+        `reuse`: see `serve`."""
         waiting = {answer.request: answer for answer in answers if not answer.is_finished}
-        with closing(self.serve(list(waiting), self.shape_for(answers), self.codec.tokenizer.eos_ids)) as moved:
+        shape, eos_ids = needed_shape(answers, self.config, self.run), self.codec.tokenizer.eos_ids
+        with closing(self.serve(list(waiting), shape, eos_ids, reuse=reuse)) as moved:
             for request in moved:
                 yield waiting[request], waiting[request].advance()
 
     def serve(
-        self, requests: Sequence[Request], shape: Sequence[int], eos_ids: frozenset[int]
+        self, requests: Sequence[Request], shape: Sequence[int], eos_ids: frozenset[int], *, reuse: bool = False
     ) -> Generator[Request, None, None]:
         """Rank 0: run `requests` to their end in a cache of `shape`; each one whenever it moved on. The others
-        `follow`."""
-        leader = Leader(self.prepare(self.world.tell(list(shape))), self.world)
-        engine = Engine(leader, eos_ids=eos_ids, depth=self.depth, stats=self.stats)
+        `follow`.
+
+        `reuse`: the first prompt's beginning is not computed where the requests before left it in the cache. What is
+        then computed in other passes may differ in its last bits: where each bit counts, all is computed anew."""
+        reuse = reuse and not self.run.deterministic
+        runner = self.prepare(*self.world.tell([list(shape), reuse]))
+        held, runner.held = runner.held if reuse else [], []  # nothing is known until all went well
+        leader = Leader(runner, self.world)
+        engine = Engine(leader, eos_ids=eos_ids, depth=self.depth, stats=self.stats, held=held)
         for request in requests:
             engine.submit(request)
         try:
@@ -181,13 +181,14 @@ class LLM:
                 self.close_runner()  # what is in its cache may not be finite, and would spoil the next answers
             raise
         leader.stop()
+        runner.held = engine.ids_in_slot_0()
 
     def follow(self) -> bool:
         """Every rank but 0: wait for rank 0's next `stream` and take part in it; False when it dismisses instead."""
-        shape = self.world.tell(None)
-        if shape is None:
+        told = self.world.tell(None)
+        if told is None:
             return False
-        runner = self.prepare(shape)
+        runner = self.prepare(*told)
         with self.world.in_step():
             follow(runner)
         return True
@@ -196,47 +197,56 @@ class LLM:
         """Rank 0: there is nothing more to `follow`."""
         self.world.tell(None)
 
-    def prepare(self, shape: Sequence[int]) -> Runner:
+    def prepare(self, shape: Sequence[int], reuse: bool = False) -> Runner:
         """A runner over a cache of (slots, positions) `shape`, or of more positions: the one before, if it has as many,
-        and with it the graphs that it recorded."""
+        and with it the graphs that it recorded. `reuse`: one that has too few grows, and what it holds stays."""
         num_slots, max_seq_len = shape
-        if self.runner and self.runner.cache.num_slots == num_slots and self.runner.cache.max_seq_len >= max_seq_len:
-            return self.runner
+        if self.runner and self.runner.cache.num_slots == num_slots:
+            if self.runner.cache.max_seq_len >= max_seq_len:
+                return self.runner
+            if reuse:
+                return self.grow(max_seq_len)
         self.close_runner()
-        self.shape = max(self.shape, (num_slots, max_seq_len), key=math.prod)
         with self.world.together():
             self.check_fits(shape)
-            cache = self.mode.allocate(
-                self.config,
-                self.world.size,
-                num_slots=num_slots,
-                max_seq_len=max_seq_len,
-                dtype=self.dtype,
-                device=self.world.device,
-            )
-            make = GraphRunner if self.records_graphs else self.mode.runner
-            self.runner = make(self.config, self.model, cache)
+            how = {"dtype": self.dtype, "device": self.world.device}
+            size = {"num_slots": num_slots, "max_seq_len": max_seq_len}
+            self.open_runner(self.mode.allocate(self.config, self.world.size, **size, **how))
         return self.runner
+
+    def grow(self, max_seq_len: int) -> Runner:
+        """A runner over the same cache, of `max_seq_len` positions or, where that fits, half as many again as it has:
+        so that few turns of a conversation have to copy it, and to record graphs anew."""
+        cache, held = self.runner.cache, self.runner.held
+        self.close_runner()
+        ample = min(max(max_seq_len, cache.max_seq_len * 3 // 2), self.config.context_length)
+        freed_bytes = cache.num_bytes - cache.keys[0].nbytes  # the last tensor is there as long as it is copied
+        with contextlib.suppress(RequestError):  # by one rank, and then by all
+            with self.world.together():
+                self.check_fits([cache.num_slots, ample], freed_bytes)
+            max_seq_len = ample
+        with self.world.together():
+            self.check_fits([cache.num_slots, max_seq_len], freed_bytes)
+            cache.grow(max_seq_len)
+            self.open_runner(cache)
+        self.runner.held = held
+        return self.runner
+
+    def open_runner(self, cache: KVCache) -> None:
+        self.shape = max(self.shape, (cache.num_slots, cache.max_seq_len), key=math.prod)
+        make = GraphRunner if self.records_graphs else self.mode.runner
+        self.runner = make(self.config, self.model, cache)
 
     def close_runner(self) -> None:
         if self.runner:
             self.runner.close()
         self.runner = None
 
-    def shape_for(self, answers: Sequence[Answer]) -> list[int]:
-        """Slots and positions of the cache that `answers` need."""
-        num_slots = min(self.run.max_batch_size, sum(not answer.is_finished for answer in answers))
-        return [max(1, num_slots), needed_length(answers, self.config, self.run.max_seq_len)]
-
-    def largest_shape(self, answers: Sequence[Answer]) -> list[int]:
-        """The same of any cache to come, where the answers are not known yet."""
-        if answers:
-            return self.shape_for(answers)
-        return [self.run.max_batch_size, self.run.max_seq_len or self.config.context_length]
-
-    def check_fits(self, shape: Sequence[int]) -> None:
-        """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room."""
+    def check_fits(self, shape: Sequence[int], freed_bytes: int = 0) -> None:
+        """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room in what is
+        free and the `freed_bytes` that will be before it is whole."""
         room = free_room(self.world.device, self.world.local_size)
+        room = room._replace(free_bytes=room.free_bytes + freed_bytes)
         planned = self.fitting.check(shape, room, self.world.local_size, has_weights=self.model is not None)
         self.planned = max(self.planned, planned, key=lambda m: m.allocated_bytes)
 

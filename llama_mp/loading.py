@@ -1,5 +1,6 @@
 """This rank's model with its weights, as a run asks for them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,15 @@ from llama_mp.model import Transformer, fill
 from llama_mp.offload import Store, block_of, fill_streamed
 from llama_mp.quantizer import Quantizer
 from llama_mp.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What loading cost, on all ranks."""
+
+    seconds: float
+    bytes_read: int
+    weight_bytes: int
 
 
 def load_model(

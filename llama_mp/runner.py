@@ -35,6 +35,7 @@ class Runner:
         # By slot, on the device: the token chosen last, and where it stands.
         self.tokens_S = torch.zeros(cache.num_slots, dtype=torch.int64, device=self.device)
         self.positions_S = torch.zeros_like(self.tokens_S)
+        self.held: list[int] = []  # rank 0: ids whose keys and values slot 0 has, as far as that is known
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], *, slot: int, start: int, all_logits: bool) -> torch.Tensor | None:

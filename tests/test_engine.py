@@ -257,6 +257,56 @@ def test_a_request_ended_from_outside_frees_its_slot(depth: int, num_known: int)
     assert second.tokens == expected_tokens([3], 2)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "num_new"), [([1, 2, 3, 9, 9], 2), ([1, 2, 3, 4], 1), ([1, 2], 1), ([7, 2, 3], 3), ([1, 2, 3, 4, 5], 1)]
+)
+def test_a_beginning_that_the_slot_has_is_not_computed(prompt: list[int], num_new: int) -> None:
+    """By the first prompt alone: whoever comes to the slot next begins anew."""
+    recorder = Recorder(Slots(1, 64), seen={0: [1, 2, 3, 4, 8, 8]})
+    engine = Engine(recorder, eos_ids=frozenset(), held=[1, 2, 3, 4])
+    first, second = request(0, prompt, 3), request(1, prompt, 2)
+    engine.submit(first)
+    engine.submit(second)
+    while engine.has_work:
+        engine.step()
+    assert [call for call in recorder.calls if "prefill" in call] == [
+        f"prefill {num_new} into 0",
+        f"prefill {len(prompt)} into 0",
+    ]
+    assert first.tokens == expected_tokens(prompt, 3) and second.tokens == first.tokens[:2]
+    assert engine.stats.prefilled_tokens == num_new + len(prompt)
+
+
+def test_a_scored_prompt_is_computed_whole() -> None:
+    engine = Engine(Recorder(Slots(1, 64)), eos_ids=frozenset(), held=[1, 2, 3])
+    scored = Request(id="0", prompt=[1, 2, 3, 4], sampling=GREEDY)
+    assert engine.num_held(scored, 0) == 0
+    assert engine.num_held(request(0, scored.prompt, 1), 1) == 0  # nor one in another slot
+    assert engine.num_held(request(0, scored.prompt, 1), 0) == 3
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("end", ["stop", "length", "outside", "moved"])
+def test_what_slot_0_holds_in_the_end(end: str, depth: int) -> None:
+    """All that has been computed of what was said, however it ended: never an id more."""
+    prompt = [5, 6]
+    known = expected_tokens(prompt, 20)
+    recorder = Recorder(Slots(2, 64))
+    engine = Engine(recorder, eos_ids=frozenset({known[4]} if end == "stop" else ()), depth=depth)
+    asked = request(0, prompt, 4 if end == "length" else 20)
+    if end == "moved":
+        engine.submit(request(1, [9], 2))
+    engine.submit(asked)
+    while engine.has_work:
+        engine.step()
+        if end == "outside" and len(asked.tokens) == 4:
+            asked.finish_reason = "stop"
+    held = engine.ids_in_slot_0()
+    assert recorder.seen[0][: len(held)] == held == (prompt + asked.tokens)[: len(held)]
+    num_missing = 0 if end == "stop" or (end == "outside" and depth) else 1  # a step would have made it
+    assert len(held) == len(prompt + asked.tokens) - num_missing
+
+
 def test_stats_count_what_was_computed() -> None:
     engine = run(Recorder(Slots(2, 64)), [request(0, [1, 2, 3], 3), request(1, [4], 2)])
     stats = engine.stats

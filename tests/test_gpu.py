@@ -340,6 +340,29 @@ def test_a_longer_cache_is_recorded_anew(folder: Path, tokenizer_file: Path) -> 
         assert found[0] == found[1] == found[2]
 
 
+@ONE_MODEL
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_grown_cache_need_not_be_filled_again(folder: Path, tokenizer_file: Path, depth: int) -> None:
+    """Nor is what a step ahead of the text left there in the way."""
+    with opened(folder, tokenizer_file) as llm, patch.object(LLM, "depth", depth):
+        found = []
+        for reuse in (False, True):
+            prompt, tokens = PROMPT, []
+            for max_seq_len in (40, 64, 100):
+                request = Request(id="0", prompt=prompt, sampling=SamplingConfig(temperature=0, max_gen_len=12))
+                before = llm.stats.prefilled_tokens
+                for _ in llm.serve([request], (1, max_seq_len), frozenset(), reuse=reuse):
+                    if len(request.tokens) == 9:
+                        request.finish_reason = "stop"
+                tokens.append((request.tokens, llm.stats.prefilled_tokens - before))
+                prompt = [*prompt, *request.tokens, 5, 6]
+            llm.close_runner()
+            found.append(tokens)
+        whole, turns = found
+        assert [tokens for tokens, _ in turns] == [tokens for tokens, _ in whole]
+        assert [count for _, count in whole] == [7, 18, 29] and max(count for _, count in turns[1:]) <= 3
+
+
 @contextlib.contextmanager
 def never_waiting() -> Iterator[None]:
     """What makes the host wait for the device raises."""
