@@ -38,8 +38,7 @@ def run(flags: ChatFlags, checkpoint: Checkpoint, chat: Chat | None) -> int:
     world = connect(flags)
     with LLM.of_checkpoint(flags, checkpoint, world, codec=chat and chat.codec) as llm:
         if chat is None:
-            while llm.follow():
-                pass
+            llm.follow_to_end()
         else:
             chat.hold(partial(llm.stream, reuse=True))
             llm.dismiss()

@@ -98,11 +98,15 @@ class Chat:
             say(f"the context is full: the oldest {counted(dropped, 'turn')} dropped")
         answer = self.codec.answer(self.prompt(self.conversation.messages), self.max_seq_len)
         self.num_asked += 1
-        with terminal.listening() as interrupted:
-            for _, piece in stream([answer]):
-                print(piece, end="", flush=True)
-                if not answer.is_finished and interrupted():
-                    answer.request.finish_reason = "stop"  # the stream ends by itself: the ranks stay in step
-                    print(answer.advance(), end="")
-            print(flush=True)
+        try:
+            with terminal.listening() as interrupted:
+                for _, piece in stream([answer]):
+                    print(piece, end="", flush=True)
+                    if not answer.is_finished and interrupted():
+                        answer.request.finish_reason = "stop"  # the stream ends by itself: the ranks stay in step
+                        print(answer.advance(), end="")
+                print(flush=True)
+        except RequestError:  # the cache that it needs does not fit
+            self.conversation.withdraw()
+            raise
         self.conversation.answer(answer.text)

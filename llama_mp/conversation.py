@@ -15,7 +15,7 @@ Message = dict[str, str]
 class Conversation:
     """A system message, if there is one, and turns: a question and its answer each.
 
-    After `ask` the last turn lacks its answer until `answer`; everything else keeps the turns whole."""
+    After `ask` the last turn lacks its answer until `answer` or `withdraw`; everything else keeps the turns whole."""
 
     def __init__(self, system: str | None = None) -> None:
         self.system = [message("system", system)] if system else []
@@ -41,6 +41,10 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         self.turns.append(message("assistant", text))
+
+    def withdraw(self) -> None:
+        """Take back a question that gets no answer."""
+        self.turns = self.turns[:-1]
 
     def reset(self) -> None:
         """Forget all but the system message."""

@@ -5,7 +5,6 @@ import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from llama_mp.memory import RankMemory, check_layout, has_graphs
 from llama_mp.model import Transformer
 from llama_mp.offload import Store, open_store, weight_bytes_of
 from llama_mp.parallel import connect
-from llama_mp.prompts import Messages, as_prompt
+from llama_mp.prompts import Messages, as_prompts
 from llama_mp.request import Request
 from llama_mp.runner import Leader, Runner, follow
 from llama_mp.world import World
@@ -132,10 +131,7 @@ class LLM:
         if self.model is None:
             raise RequestError("this model is closed: open another one")
         with self.world.together():
-            config = SamplingConfig().override(sampling)
-            if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
-                raise RequestError(f"prompts is a {type(prompts).__name__}, but must be a list of texts or of messages")
-            asked = [as_prompt(i, prompt, config) for i, prompt in enumerate(prompts)]
+            asked = as_prompts(prompts, SamplingConfig().override(sampling))
             answers = [self.codec.answer(prompt, self.run.max_seq_len) for prompt in asked] if self.codec else []
         if not self.world.is_leader:
             self.follow()
@@ -145,22 +141,20 @@ class LLM:
         return self.world.tell([answer.record() for answer in answers])
 
     def stream(self, answers: Sequence[Answer], *, reuse: bool = False) -> Iterator[tuple[Answer, str]]:
-        """Rank 0: compute `answers`; each time one gains text or ends, it and the text gained. The others `follow`.
-        `reuse`: see `serve`."""
+        """Rank 0: compute `answers` as `serve` does; each time one gains text or ends, it and the text gained."""
         waiting = {answer.request: answer for answer in answers if not answer.is_finished}
         shape, eos_ids = needed_shape(answers, self.config, self.run), self.codec.tokenizer.eos_ids
-        with closing(self.serve(list(waiting), shape, eos_ids, reuse=reuse)) as moved:
+        with contextlib.closing(self.serve(list(waiting), shape, eos_ids, reuse=reuse)) as moved:
             for request in moved:
                 yield waiting[request], waiting[request].advance()
 
     def serve(
         self, requests: Sequence[Request], shape: Sequence[int], eos_ids: frozenset[int], *, reuse: bool = False
     ) -> Generator[Request, None, None]:
-        """Rank 0: run `requests` to their end in a cache of `shape`; each one whenever it moved on. The others
-        `follow`.
+        """Rank 0: run `requests` to their end in a cache of `shape`; each whenever it moved on. The others `follow`.
 
-        `reuse`: the first prompt's beginning is not computed where the requests before left it in the cache. What is
-        then computed in other passes may differ in its last bits: where each bit counts, all is computed anew."""
+        `reuse`: the beginning of the first prompt that is in the cache already is not computed, unless each bit counts:
+        passes over fewer tokens differ in the last ones."""
         reuse = reuse and not self.run.deterministic
         runner = self.prepare(*self.world.tell([list(shape), reuse]))
         held, runner.held = runner.held if reuse else [], []  # nothing is known until all went well
@@ -193,6 +187,13 @@ class LLM:
             follow(runner)
         return True
 
+    def follow_to_end(self) -> None:
+        """Every rank but 0: `follow` until rank 0 dismisses. What was refused rank 0 has heard of, and went on."""
+        goes_on = True
+        while goes_on:
+            with contextlib.suppress(RequestError):
+                goes_on = self.follow()
+
     def dismiss(self) -> None:
         """Rank 0: there is nothing more to `follow`."""
         self.world.tell(None)
@@ -209,9 +210,9 @@ class LLM:
         self.close_runner()
         with self.world.together():
             self.check_fits(shape)
-            how = {"dtype": self.dtype, "device": self.world.device}
-            size = {"num_slots": num_slots, "max_seq_len": max_seq_len}
-            self.open_runner(self.mode.allocate(self.config, self.world.size, **size, **how))
+        with self.world.together():  # on no rank before each has room
+            how = {"num_slots": num_slots, "max_seq_len": max_seq_len, "dtype": self.dtype, "device": self.world.device}
+            self.open_runner(self.mode.allocate(self.config, self.world.size, **how))
         return self.runner
 
     def grow(self, max_seq_len: int) -> Runner:
@@ -219,7 +220,7 @@ class LLM:
         so that few turns of a conversation have to copy it, and to record graphs anew."""
         cache, held = self.runner.cache, self.runner.held
         self.close_runner()
-        ample = min(max(max_seq_len, cache.max_seq_len * 3 // 2), self.config.context_length)
+        ample = max(max_seq_len, min(cache.max_seq_len * 3 // 2, self.config.context_length))
         freed_bytes = cache.num_bytes - cache.keys[0].nbytes  # the last tensor is there as long as it is copied
         with contextlib.suppress(RequestError):  # by one rank, and then by all
             with self.world.together():
@@ -227,6 +228,7 @@ class LLM:
             max_seq_len = ample
         with self.world.together():
             self.check_fits([cache.num_slots, max_seq_len], freed_bytes)
+        with self.world.together():
             cache.grow(max_seq_len)
             self.open_runner(cache)
         self.runner.held = held

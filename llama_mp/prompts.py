@@ -41,6 +41,12 @@ class Prompt:
         assert (self.text is None) != (self.messages is None), "a prompt has either text or messages"
 
 
+def as_prompts(prompts: Sequence[str | Messages], sampling: SamplingConfig) -> list[Prompt]:
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts is a {type(prompts).__name__}, but must be a list of texts or of messages")
+    return [as_prompt(i, prompt, sampling) for i, prompt in enumerate(prompts)]
+
+
 def as_prompt(index: int, prompt: str | Messages, sampling: SamplingConfig) -> Prompt:
     """`prompt` as infer would read it from a file; its id, which the randomness hangs on, is its index."""
     if isinstance(prompt, str):

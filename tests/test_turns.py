@@ -3,9 +3,11 @@
 import contextlib
 import io
 import itertools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -82,15 +84,14 @@ def talk(folder: Path, file: Path, *, reuse: bool, lines: list[str] = LINES, **f
             turns.append(Turn(request.prompt, request.tokens, num_prefilled, llm.runner.cache.max_seq_len))
 
         if chat is None:
-            while llm.follow():
-                pass
-            return None
+            return llm.follow_to_end()
         keyboard = Keyboard()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             for line in lines:
                 if line.startswith("/"):
                     chat.obey(line, "" if line == "/reset" else str(file))
-                else:
+                    continue
+                with contextlib.suppress(RequestError):
                     chat.answer(line, stream, keyboard)
         llm.dismiss()
     return turns
@@ -142,6 +143,34 @@ def test_however_the_weights_are_held(ranks: Ranks, folder: Path, tmp_path: Path
     whole, turns = (ranks.run(1, talk, reuse=reuse, **asked)[0] for reuse in (False, True))
     assert [turn.tokens for turn in turns] == [turn.tokens for turn in whole]
     assert turns[2].num_prefilled < 40 < whole[2].num_prefilled == len(turns[2].prompt)
+
+
+def talk_in_little_room(limit: int, **asked: object) -> list[Turn] | None:
+    """In a rank: the same where the last rank has no room for a cache of more positions than `limit`."""
+    check_fits = LLM.check_fits
+
+    def check(llm: LLM, shape: Sequence[int], freed_bytes: int = 0) -> None:
+        if llm.world.rank == llm.world.size - 1 and shape[1] > limit:
+            raise RequestError("no room")
+        check_fits(llm, shape, freed_bytes)
+
+    with patch.object(LLM, "check_fits", check):
+        return talk(**asked)
+
+
+@pytest.mark.parametrize("mp", [1, 2])
+def test_a_conversation_goes_on_when_its_cache_finds_no_room(
+    ranks: Ranks, folder: Path, tmp_path: Path, mp: int
+) -> None:
+    """On no rank, if not on each. The question that got no answer was not said."""
+    lines = ["one", "two", "three", "four", "/save", "/reset", "five"]
+    asked = {"folder": folder, "file": tmp_path / "talk.json", "lines": lines, **GREEDY}
+    turns = ranks.run(mp, talk_in_little_room, limit=120, reuse=True, **asked)[0]
+    assert [turn.num_positions for turn in turns] == [57, 86, len(turns[2].prompt) + 12, 59]
+    assert turns[3].num_prefilled == len(turns[3].prompt)
+    said = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["content"] for message in said if message["role"] == "user"] == ["one", "two", "three"]
+    assert said[-1]["role"] == "assistant"
 
 
 # ---- one model here ------------------------------------------------------------------------------------------------
