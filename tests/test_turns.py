@@ -15,6 +15,7 @@ from factory import MODELS, hugging_face, meta_tensors, write_meta
 from ranks import Ranks
 from test_activations import allocated
 
+from launch.chat import main
 from llama_mp import llm as llm_module
 from llama_mp.answer import Answer
 from llama_mp.cache import KVCache
@@ -216,6 +217,15 @@ def test_nothing_is_known_of_another_cache(llm: LLM) -> None:
     assert serve(llm, PROMPT, 128)[1] == len(PROMPT)  # made anew
     llm.prepare((2, 64))
     assert serve(llm, PROMPT, 64, reuse=True) == (tokens, len(PROMPT))
+
+
+def test_the_command_is_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, stream = [], LLM.stream
+    monkeypatch.setenv("LLAMA_MP_THREADS", "1")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    monkeypatch.setattr(LLM, "stream", lambda llm, answers, **how: asked.append(how) or stream(llm, answers, **how))
+    assert main(ChatFlags(ckpt_dir=folder, device="cpu", chat_format="llama2", max_gen_len=2)) == 0
+    assert asked == [{"reuse": True}] * 2
 
 
 @pytest.mark.parametrize(("room", "expected"), [(96, 96), (95, 70), (70, 70), (69, None)])
