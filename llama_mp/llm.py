@@ -188,7 +188,7 @@ class LLM:
         return True
 
     def follow_to_end(self) -> None:
-        """Every rank but 0: `follow` until rank 0 dismisses. What was refused rank 0 has heard of, and went on."""
+        """Every rank but 0: `follow` until rank 0 dismisses. It hears of what is refused too, and goes on."""
         goes_on = True
         while goes_on:
             with contextlib.suppress(RequestError):
@@ -222,7 +222,7 @@ class LLM:
         self.close_runner()
         ample = max(max_seq_len, min(cache.max_seq_len * 3 // 2, self.config.context_length))
         freed_bytes = cache.num_bytes - cache.keys[0].nbytes  # the last tensor is there as long as it is copied
-        with contextlib.suppress(RequestError):  # by one rank, and then by all
+        with contextlib.suppress(RequestError):  # which all ranks raise if one does
             with self.world.together():
                 self.check_fits([cache.num_slots, ample], freed_bytes)
             max_seq_len = ample
