@@ -35,7 +35,7 @@ typedef struct {
 /* Rows of W that are needed next, where they lie in memory, the second half of them further on; or NULL. */
 typedef struct {
     const char *at;
-    long row_bytes, step_bytes, further_bytes;
+    long row_bytes, step_bits, further_bytes;
 } rows_ahead;
 
 int multiplies_pairs(void) { return MULTIPLIES_PAIRS; }
@@ -46,6 +46,7 @@ long turned_bytes(int in_pairs, long tokens, long cols) {
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long take(long *num_taken) { return __atomic_fetch_add(num_taken, 1, __ATOMIC_RELAXED); }
 
 /* ---- a block of W with a panel of x ---------------------------------------------------------------------------- */
 
@@ -66,7 +67,7 @@ INLINE void add_tile(int in_pairs, int width, int first, const words *x, const u
         if (next.at && step % 16 == 0) /* a line of bf16 */
             UNROLL for (int r = first; r < first + SUMS / width; r++)
                 __builtin_prefetch(next.at + r * next.row_bytes + (r < BLOCK / 2 ? 0 : next.further_bytes) +
-                                       step * next.step_bytes, 0, 2);
+                                       step * next.step_bits / 8, 0, 2);
         UNROLL for (int v = 0; v < width; v++) tokens[v] = x[v];
         UNROLL for (int r = 0; r < SUMS / width; r++) {
             words weight = (words){0} + w[r * STRIDE + step];
@@ -205,10 +206,10 @@ static void finish(const product *p, long first, long count, floats *sums) {
             p->y[token * p->num_out + first + r] = sum[r * p->num_vectors * LANES + token];
 }
 
-/* One block of W with all of x. `rows`: room for the block unpacked; `sums` [BLOCK, vectors]. */
-static void multiply_block(const product *p, long block, uint32_t *rows, floats *sums) {
-    const int column_bytes[] = {2, 1, 1, 4};
-    long step_bytes = column_bytes[p->kind] << p->in_pairs, half = BLOCK / 2;
+/* One block of W with all of x, while the `next` is fetched. `rows`: room for it unpacked; `sums` [BLOCK, vectors]. */
+static void multiply_block(const product *p, long block, long next_block, uint32_t *rows, floats *sums) {
+    const int column_bits[] = {16, 8, 5, 32}; /* of INT4 with its ranges */
+    long step_bits = column_bits[p->kind] << p->in_pairs, half = BLOCK / 2;
     long width = p->is_gated ? half : BLOCK, count = least(width, p->num_out - block * width);
     memset(sums, 0, BLOCK * p->num_vectors * sizeof *sums);
     for (long part = 0; part < p->num_parts; part++) {
@@ -221,8 +222,8 @@ static void multiply_block(const product *p, long block, uint32_t *rows, floats 
                        (char *)(rows + r * STRIDE));
         }
         int is_last = part + 1 == p->num_parts;
-        const char *at = row_of(p, block + is_last, 0) + (is_last ? 0 : (first + PART) * step_bytes);
-        rows_ahead next = {at, p->row_bytes, step_bytes, p->is_gated ? (p->num_out - half) * p->row_bytes : 0};
+        const char *at = row_of(p, is_last ? next_block : block, 0) + (is_last ? 0 : (first + PART) * step_bits / 8);
+        rows_ahead next = {at, p->row_bytes, step_bits, p->is_gated ? (p->num_out - half) * p->row_bytes : 0};
         for (long panel = 0; panel < p->num_panels; panel++, next.at = NULL) {
             long vector = panel * WIDEST, num_vectors = least(WIDEST, p->num_vectors - vector);
             const words *x = p->turned + first * p->num_vectors + vector * num_steps;
@@ -234,30 +235,28 @@ static void multiply_block(const product *p, long block, uint32_t *rows, floats 
 
 /* y [tokens, out] = x [tokens, cols] times the transpose of w [out, cols]; x and y contiguous. `in_pairs`: factors are
  * rounded to bf16, if `multiplies_pairs`. `is_gated`: w [2 out, cols] is a gate and an up projection, and y is
- * silu(gate) * up of what they make. `turned`: room for `turned_bytes`. Returns 0, or 1 when there is no memory. */
+ * silu(gate) * up of what they make. `turned`: room for `turned_bytes`. Returns 0, or 1 when no thread has memory. */
 int linear_of_many(int kind, int in_pairs, int is_gated, const char *w, const float *x, float *y, void *turned,
                    long tokens, long out, long cols, long row_bytes) {
     product p = {kind, in_pairs, is_gated, w, x, y, turned, tokens, out, cols, row_bytes, 0, 0, 0, 0};
     long width = is_gated ? BLOCK / 2 : BLOCK, num_blocks = (out + width - 1) / width;
     p.num_vectors = (tokens + LANES - 1) / LANES, p.num_panels = (p.num_vectors + WIDEST - 1) / WIDEST;
     p.num_steps = (cols + in_pairs) >> in_pairs, p.num_parts = (p.num_steps + PART - 1) / PART;
-    int failed = 0;
+    long num_taken = 0; /* blocks: whoever is free takes one, for cores may be slower, or needed elsewhere */
 #pragma omp parallel
     {
         uint32_t *room = aligned_alloc(sizeof(words), BLOCK * (STRIDE * 4 + p.num_vectors * sizeof(floats)));
-        if (room) {
-            memset(room, 0, BLOCK * STRIDE * 4); /* rows of the last block that are not there */
-        } else {
-#pragma omp atomic write
-            failed = 1;
-        }
+        if (room) memset(room, 0, BLOCK * STRIDE * 4); /* rows of the last block that are not there */
 #pragma omp for collapse(2) schedule(static)
         for (long part = 0; part < p.num_parts; part++)
             for (long panel = 0; panel < p.num_panels; panel++) turn(&p, part, panel);
-#pragma omp for schedule(static)
-        for (long block = 0; block < num_blocks; block++)
-            if (room) multiply_block(&p, block, room, (floats *)(room + BLOCK * STRIDE));
+        long block = room ? take(&num_taken) : num_blocks;
+        while (block < num_blocks) {
+            long next = take(&num_taken);
+            multiply_block(&p, block, next, room, (floats *)(room + BLOCK * STRIDE));
+            block = next;
+        }
         free(room);
     }
-    return failed;
+    return num_taken < num_blocks;
 }
