@@ -89,7 +89,8 @@ def launch(ranks: int) -> int:
 
     logging.disable()  # all of it: torch's loggers have levels of their own, and this process does nothing else
     arguments = [argument.replace("$", "$$") for argument in sys.argv]  # torchrun reads them as string.Template
-    command = [*rendezvous(ranks), *arguments]
+    no_logs = f"--log_dir={os.devnull}"  # else torchrun leaves a folder for them, empty, behind each run
+    command = [*rendezvous(ranks), no_logs, *arguments]
     oom_kills = num_oom_kills()
     said = os.memfd_create("llama-mp-said")  # gone with this process, whatever ends it
     os.environ[LAUNCHED] = f"/proc/{os.getpid()}/fd/{said}"

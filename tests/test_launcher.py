@@ -105,11 +105,13 @@ def test_no_ranks_at_all_are_refused(mp):
 HOSTILE = ["a b", 'it\'s "quoted"', "two\nlines\n", "$HOME $$5 ${local_rank}", "--mp=3", "", "\\", "caf\u00e9 *"]
 
 
-def test_arguments_arrive_unchanged_at_every_rank(verb):
+def test_arguments_arrive_unchanged_at_every_rank(verb, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     arguments = [f"--text={text}" for text in HOSTILE]
     done = launched(verb, *arguments)
     assert done.code == 0
     assert sorted(map(json.loads, done.stdout.splitlines())) == [[0, arguments], [1, arguments]]
+    assert list(tmp_path.iterdir()) == []  # torchrun left nothing
 
 
 # ---- how they end ------------------------------------------------------------------------------------------------
