@@ -100,6 +100,13 @@ class World:
             yield
         except Exception as error:
             failure = error
+        try:
+            self.fail_together(failure)
+        finally:
+            del failure  # which knows this frame: what the failed step held would stay until Python looks for cycles
+
+    def fail_together(self, failure: Exception | None) -> None:
+        """Raise on all ranks what the first that has a `failure` has to say of it."""
         kinds = [isinstance(failure, kind) for kind in (RequestError, LostContact)]
         told = None if failure is None else [errors.one_line(failure), *kinds]
         failed = [(rank, said) for rank, said in enumerate(self.gather(told)) if said]
