@@ -23,7 +23,7 @@ from llama_mp.graphs import GraphRunner
 from llama_mp.loading import Loaded, load_model, warn_of_not_finite
 from llama_mp.locate import Checkpoint, locate
 from llama_mp.machine import PeakMemory, choose_dtype, free_room, threads_per_rank
-from llama_mp.memory import RankMemory, check_layout, has_graphs
+from llama_mp.memory import RankMemory, check_layout, has_graphs, rank_memory
 from llama_mp.model import Transformer
 from llama_mp.offload import Store, open_store, weight_bytes_of
 from llama_mp.parallel import connect
@@ -106,7 +106,7 @@ class LLM:
         shape, largest = world.tell([of(answers, self.config, self.run) for of in (needed_shape, largest_shape)])
         with world.together():
             self.fitting.settle(largest, free_room(world.device, world.local_size))
-            self.check_fits(shape)
+            self.planned = self.check_fits(shape)
             workload = self.fitting.workload(shape)
             self.store = open_store(self.run, self.checkpoint.files, self.config, workload, world)
         has_blocks = all(world.gather(self.store is not None and self.store.has_blocks))
@@ -236,6 +236,7 @@ class LLM:
 
     def open_runner(self, cache: KVCache) -> None:
         self.shape = max(self.shape, (cache.num_slots, cache.max_seq_len), key=math.prod)
+        self.planned = rank_memory(self.config, self.world.size, self.fitting.workload(self.shape))
         make = GraphRunner if self.records_graphs else self.mode.runner
         self.runner = make(self.config, self.model, cache)
 
@@ -244,13 +245,12 @@ class LLM:
             self.runner.close()
         self.runner = None
 
-    def check_fits(self, shape: Sequence[int], freed_bytes: int = 0) -> None:
-        """Raise RequestError when the weights, if they are not here yet, and a cache of `shape` have no room in what is
-        free and the `freed_bytes` that will be before it is whole."""
+    def check_fits(self, shape: Sequence[int], freed_bytes: int = 0) -> RankMemory:
+        """The plan of a cache of `shape`. Raises RequestError when it, and the weights, if they are not here yet, have
+        no room in what is free and the `freed_bytes` that will be before it is whole."""
         room = free_room(self.world.device, self.world.local_size)
         room = room._replace(free_bytes=room.free_bytes + freed_bytes)
-        planned = self.fitting.check(shape, room, self.world.local_size, has_weights=self.model is not None)
-        self.planned = max(self.planned, planned, key=lambda m: m.allocated_bytes)
+        return self.fitting.check(shape, room, self.world.local_size, has_weights=self.model is not None)
 
     # ---- around it ---------------------------------------------------------------------------------------------
 

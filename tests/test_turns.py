@@ -1,6 +1,7 @@
 """The turns of a conversation compute what is new, and answer as if they had computed everything."""
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ from llama_mp.errors import RequestError
 from llama_mp.fit import Room
 from llama_mp.llm import LLM
 from llama_mp.locate import locate
+from llama_mp.memory import RankMemory
 from llama_mp.parallel import connect
 from llama_mp.request import Request
 
@@ -55,6 +57,7 @@ class Turn(NamedTuple):
     tokens: list[int]
     num_prefilled: int
     num_positions: int  # of the cache
+    num_planned: int  # positions of the largest cache so far, as planned
 
 
 class Keyboard:
@@ -82,7 +85,9 @@ def talk(folder: Path, file: Path, *, reuse: bool, lines: list[str] = LINES, **f
             before, [answer] = llm.stats.prefilled_tokens, answers
             yield from llm.stream(answers, reuse=reuse)
             request, num_prefilled = answer.request, llm.stats.prefilled_tokens - before
-            turns.append(Turn(request.prompt, request.tokens, num_prefilled, llm.runner.cache.max_seq_len))
+            num_positions = llm.runner.cache.max_seq_len
+            num_planned = llm.planned.kv_cache_bytes * num_positions // llm.runner.cache.num_bytes
+            turns.append(Turn(request.prompt, request.tokens, num_prefilled, num_positions, num_planned))
 
         if chat is None:
             return llm.follow_to_end()
@@ -150,10 +155,10 @@ def talk_in_little_room(limit: int, **asked: object) -> list[Turn] | None:
     """In a rank: the same where the last rank has no room for a cache of more positions than `limit`."""
     check_fits = LLM.check_fits
 
-    def check(llm: LLM, shape: Sequence[int], freed_bytes: int = 0) -> None:
+    def check(llm: LLM, shape: Sequence[int], freed_bytes: int = 0) -> RankMemory:
         if llm.world.rank == llm.world.size - 1 and shape[1] > limit:
             raise RequestError("no room")
-        check_fits(llm, shape, freed_bytes)
+        return check_fits(llm, shape, freed_bytes)
 
     with patch.object(LLM, "check_fits", check):
         return talk(**asked)
@@ -168,10 +173,28 @@ def test_a_conversation_goes_on_when_its_cache_finds_no_room(
     asked = {"folder": folder, "file": tmp_path / "talk.json", "lines": lines, **GREEDY}
     turns = ranks.run(mp, talk_in_little_room, limit=120, reuse=True, **asked)[0]
     assert [turn.num_positions for turn in turns] == [57, 86, len(turns[2].prompt) + 12, 59]
+    assert [turn.num_planned for turn in turns] == [57, 86, *[turns[2].num_positions] * 2]
     assert turns[3].num_prefilled == len(turns[3].prompt)
     said = json.loads((tmp_path / "talk.json").read_text())
     assert [message["content"] for message in said if message["role"] == "user"] == ["one", "two", "three"]
     assert said[-1]["role"] == "assistant"
+
+
+def num_caches_left(**asked: object) -> int:
+    """In a rank: after `talk_in_little_room`, where Python has not looked for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        talk_in_little_room(**asked)
+        return sum(type(thing) is KVCache for thing in gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_a_cache_that_found_no_room_to_grow_is_gone(ranks: Ranks, folder: Path, tmp_path: Path) -> None:
+    """At once, on the rank without room too: the next one needs the memory that it took."""
+    asked = {"folder": folder, "file": tmp_path, "lines": ["one", "two", "three", "four"], **GREEDY}
+    assert ranks.run(2, num_caches_left, limit=120, reuse=True, **asked) == [0, 0]
 
 
 # ---- one model here ------------------------------------------------------------------------------------------------
