@@ -93,6 +93,7 @@ class Chat:
 
     def answer(self, question: str, stream: Stream, terminal: Terminal) -> None:
         """Print the answer as it comes, and remember what was said of it."""
+        before = self.conversation.turns
         dropped = self.conversation.ask(question, self.encode, self.room)
         if dropped:
             say(f"the context is full: the oldest {counted(dropped, 'turn')} dropped")
@@ -106,7 +107,7 @@ class Chat:
                         answer.request.finish_reason = "stop"  # the stream ends by itself: the ranks stay in step
                         print(answer.advance(), end="")
                 print(flush=True)
-        except RequestError:  # the cache that it needs does not fit
-            self.conversation.withdraw()
-            raise
+        except RequestError as error:  # the cache that it needs does not fit
+            self.conversation.turns = before
+            raise RequestError(f"{error}; or /reset") from error
         self.conversation.answer(answer.text)

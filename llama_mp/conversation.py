@@ -15,7 +15,7 @@ Message = dict[str, str]
 class Conversation:
     """A system message, if there is one, and turns: a question and its answer each.
 
-    After `ask` the last turn lacks its answer until `answer` or `withdraw`; everything else keeps the turns whole."""
+    After `ask` the last turn lacks its answer until `answer`; everything else keeps the turns whole."""
 
     def __init__(self, system: str | None = None) -> None:
         self.system = [message("system", system)] if system else []
@@ -26,7 +26,8 @@ class Conversation:
         return self.system + self.turns
 
     def ask(self, question: str, encode: Callable[[Sequence[Message]], list[int]], room: int) -> int:
-        """Add a question, and drop the oldest turns until the prompt takes at most `room` tokens.
+        """Add a question, and drop the oldest turns until the prompt takes at most `room` tokens. `turns` is
+        another list then: whoever has the one before can go back to it.
 
         Returns how many turns were dropped. Raises RequestError, and changes nothing, when not even the question
         alone fits, or when it cannot be encoded."""
@@ -41,10 +42,6 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         self.turns.append(message("assistant", text))
-
-    def withdraw(self) -> None:
-        """Take back a question that gets no answer."""
-        self.turns = self.turns[:-1]
 
     def reset(self) -> None:
         """Forget all but the system message."""

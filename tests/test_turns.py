@@ -180,6 +180,24 @@ def test_a_conversation_goes_on_when_its_cache_finds_no_room(
     assert said[-1]["role"] == "assistant"
 
 
+def test_a_question_without_room_leaves_all_that_was_said(folder: Path) -> None:
+    """The turns that would have been dropped for it, too."""
+    run = ChatFlags(ckpt_dir=folder, device="cpu", chat_format="llama2", max_gen_len=12)
+    chat = Chat(run, locate(run))
+    for answered in ("word " * 30, "and more"):
+        chat.conversation.ask(answered, chat.encode, chat.room)
+        chat.conversation.answer("Yes.")
+    before = chat.conversation.messages
+
+    def refuse(answers: list[Answer]) -> Iterator[tuple[Answer, str]]:
+        assert len(answers) == 1 and len(chat.conversation.messages) < len(before)
+        raise RequestError("no room: give more")
+
+    with pytest.raises(RequestError, match="no room: give more; or /reset"):
+        chat.answer("ten " * 40, refuse, Keyboard())
+    assert chat.conversation.messages == before
+
+
 def num_caches_left(**asked: object) -> int:
     """In a rank: after `talk_in_little_room`, where Python has not looked for cycles."""
     gc.collect()
