@@ -26,15 +26,17 @@ class Conversation:
         return self.system + self.turns
 
     def ask(self, question: str, encode: Callable[[Sequence[Message]], list[int]], room: int) -> int:
-        """Add a question, and drop the oldest turns until the prompt takes at most `room` tokens. `turns` is
-        another list then: whoever has the one before can go back to it.
+        """Add a question. Where the prompt then takes more than `room` tokens, drop the oldest turns until it takes
+        three quarters of it, or the question is left alone: each time one goes, all behind it is computed anew. `turns`
+        is another list then: whoever has the one before can go back to it.
 
         Returns how many turns were dropped. Raises RequestError, and changes nothing, when not even the question
         alone fits, or when it cannot be encoded."""
         turns = [*self.turns, message("user", question)]
         for start in range(0, len(turns), 2):
             length = len(encode(self.system + turns[start:]))
-            if length <= room:
+            may_fill = start in (0, len(turns) - 1)
+            if length <= (room if may_fill else room * 3 // 4):
                 self.turns = turns[start:]
                 return start // 2
         also = " with the system message" if self.system else ""

@@ -43,6 +43,15 @@ def test_the_oldest_turns_go_whole_and_the_system_message_stays(room, dropped, l
     assert contents(conversation) == left
 
 
+def test_what_is_dropped_leaves_a_quarter_free_for_the_next_turns():
+    conversation, dropped = Conversation(), []
+    for turn in range(60):
+        dropped.append(conversation.ask(f"q{turn}", encode, room=40))
+        conversation.answer("a")
+    assert set(dropped) == {0, 6}  # 41 messages become 29: ten turns are answered before six are dropped again
+    assert 6 <= sum(map(bool, dropped)) <= 10
+
+
 @pytest.mark.parametrize("system, told", [(None, "takes 4 tokens, and 3 fit"), ("s", "5 tokens with the system")])
 def test_a_message_that_is_too_long_alone_changes_nothing(system, told):
     conversation = spoken(("a", "b"), system=system)
