@@ -12,6 +12,7 @@ from llama_mp.chunks import PRODUCT_BYTES, PRODUCT_ROWS, batch_sizes
 from llama_mp.config import ModelConfig
 from llama_mp.cores import fast_bf16
 from llama_mp.layout import heads_per_rank, padded
+from llama_mp.workload import BYTES_PER_ELEMENT
 
 BF16, FP32, INT64, COMPLEX64 = 2, 4, 8, 8
 ALIGNMENT = 16  # bytes: torch's kernels of attention take heads of whole ones on a GPU
@@ -35,6 +36,7 @@ class Sizes(NamedTuple):
     on_cpu: bool
     has_kernels: bool  # a GPU that runs our own
     quant: str  # of the matrices
+    dtype: str  # of the run, as --dtype names it
 
     @property
     def has_flash(self) -> bool:
@@ -46,19 +48,31 @@ class Sizes(NamedTuple):
         return self.D if self.on_cpu else padded(self.D, ALIGNMENT // self.e)
 
     @property
+    def rounds(self) -> bool:
+        """Whether a CPU rounds the factors of many rows to bf16 (kernels.rounds)."""
+        return self.on_cpu and self.dtype == "bf16" and fast_bf16() is not None
+
+    @property
     def by_torch(self) -> bool:
-        """Whether a CPU leaves the products of many rows to torch."""
-        return self.on_cpu and self.c < self.e and fast_bf16() == "torch"
+        """Whether a CPU leaves the products of many rows to torch: with weights in fp16, and where it multiplies
+        tiles of bf16."""
+        in_tiles = self.rounds and fast_bf16() == "torch"
+        return self.on_cpu and (in_tiles or (self.dtype == "fp16" and self.quant == "none"))
 
     def product(self, num_tokens: int, num_in: int, num_out: int) -> int:
-        """Bytes beside the input of a product, its output among them (kernels.linear). On a CPU the input is turned,
-        and rounded where bf16 is faster; torch's products in bf16 have the output in that type for a moment, too."""
-        output = num_tokens * num_out * self.e
+        """Bytes beside the input of a product, its output among them (kernels.linear). On a CPU with a compiler the
+        input is turned, and rounded where bf16 is faster. torch's products have weights of their own type, and the
+        output in bf16 for a moment; or some of the weight's rows at a time, and what they make."""
+        output, factor = num_tokens * num_out * self.e, num_tokens * num_in * (BF16 if self.rounds else FP32)
         if not self.on_cpu:
             return output + self.unpacked(num_in, num_out)
-        if self.by_torch:
-            return num_tokens * num_out * BF16 + max(num_tokens * num_in * BF16, output)
-        return output + num_tokens * num_in * (BF16 if self.c < self.e and fast_bf16() else FP32)
+        if not self.by_torch:
+            return output + factor
+        if self.rounds and self.quant == "none":
+            return num_tokens * num_out * BF16 + max(factor, output)
+        rounded, size = (factor, BF16) if self.rounds else (0, FP32)
+        num_rows = min(num_out, max(1, PRODUCT_BYTES["cpu"] // size // num_in))
+        return output + rounded + num_rows * (num_in + num_tokens) * size
 
     def unpacked(self, num_in: int, num_out: int) -> int:
         """Of packed weights some rows at a time, as a GPU multiplies with them; of int4 beside them the codes of half a
@@ -74,15 +88,16 @@ class Sizes(NamedTuple):
 def sizes_of(
     config: ModelConfig,
     mp: int,
-    element_bytes: int,
+    dtype: str,
     hidden_unit: int = 1,
     *,
     on_cpu: bool = False,
     has_kernels: bool = True,
     quant: str = "none",
 ) -> Sizes:
-    """`element_bytes` of the weights and the cache, and, but on a CPU, of the activations."""
+    """`dtype` of the weights and the cache, and, but on a CPU, of the activations."""
     num_kv, num_queries = heads_per_rank(config, mp)
+    element_bytes = BYTES_PER_ELEMENT[dtype]
     return Sizes(
         C=config.dim,
         H=num_queries,
@@ -96,6 +111,7 @@ def sizes_of(
         on_cpu=on_cpu,
         has_kernels=has_kernels and not on_cpu,
         quant=quant,
+        dtype=dtype,
     )
 
 

@@ -68,7 +68,7 @@ def sizes_of_rank(config: ModelConfig, mp: int, workload: Workload) -> Sizes:
     return sizes_of(
         config,
         layout_degree(mp, workload.deterministic),
-        workload.element_bytes,
+        workload.dtype,
         hidden_unit(workload.quant),
         on_cpu=workload.device == "cpu",
         has_kernels=workload.has_kernels and not workload.deterministic,

@@ -14,17 +14,19 @@ import llama_mp.activations
 import llama_mp.kernels
 import llama_mp.layers
 import llama_mp.model
-from llama_mp.activations import choice_bytes, prefill_bytes, rotation_bytes, sizes_of
+from llama_mp.activations import Sizes, choice_bytes, prefill_bytes, rotation_bytes, sizes_of
 from llama_mp.cache import KVCache
 from llama_mp.config import ModelConfig, SamplingConfig
-from llama_mp.memory import run_time_shards
+from llama_mp.dtypes import DTYPES
+from llama_mp.layout import Shard
+from llama_mp.memory import hidden_unit, is_quantized, run_time_shards
 from llama_mp.model import build, fill
 from llama_mp.parallel import reduce
+from llama_mp.quant import pack
 from llama_mp.runner import Runner
 from llama_mp.sampling import Row, sample
 
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE = {"num_layers": 2, "vocab_size": 9000, "context_length": 1024, "embedding_axis": 0}
 MODELS = {
     "mha": ModelConfig(name="mha", dim=512, num_heads=8, num_kv_heads=8, hidden_dim=1408, **SHAPE),
@@ -59,13 +61,19 @@ def settled_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def peaks(name: str, dtype: str, fast_bf16: str | None) -> dict[str, int] | None:
+def random_weights(shard: Shard, dtype: torch.dtype, quant: str) -> torch.Tensor:
+    weights = torch.rand(shard.shape).to(dtype) / 99
+    return pack(weights, quant) if is_quantized(shard, quant) else weights
+
+
+def peaks(name: str, dtype: str, fast_bf16: str | None, quant: str = "none") -> dict[str, int] | None:
     """In a rank: the peaks of the passes of a prompt, of the table of rotations and of a choice."""
     world = jobs.connect(jobs.RunConfig(device="cpu"))
     torch.set_num_threads(1)
     config, kind, mp = MODELS[name], DTYPES[dtype], world.size
-    model = build(config, mp, precision=kind)
-    fill(model, {n: torch.rand(s.shape).to(kind) / 99 for n, s in run_time_shards(config, world.rank, mp).items()})
+    model = build(config, mp, quant, kind)
+    shards = run_time_shards(config, world.rank, mp, quant)
+    fill(model, {n: random_weights(shard, kind, quant) for n, shard in shards.items()})
     cache = KVCache.allocate(config, mp, num_slots=4, max_seq_len=LENGTH, dtype=kind, device=CPU)
     rotations, runner = allocated(lambda: Runner(config, model, cache))
     in_bf16 = patch.object(llama_mp.kernels, "fast_bf16", lambda: fast_bf16)
@@ -94,12 +102,29 @@ def test_a_pass_holds_what_is_planned(
     monkeypatch.setattr(llama_mp.activations, "fast_bf16", lambda: fast_bf16)
     config = MODELS[name]
     found = ranks.run(mp, peaks, name=name, dtype=dtype, fast_bf16=fast_bf16)[0]
-    sizes = sizes_of(config, mp, DTYPES[dtype].itemsize, on_cpu=True)
-    for peak, num_tokens, length in ((found["first"], 400, 400), (found["second"], 200, 600)):
-        planned = prefill_bytes(sizes, num_tokens, length)
-        late = num_tokens * config.dim * sizes.e if mp > 1 else 0  # by how long the sum stays is chance
-        assert 0.98 * planned - late - SMALL_CHANGE <= peak <= 1.02 * planned + SMALL_CHANGE
+    sizes = sizes_of(config, mp, dtype, on_cpu=True)
+    check_passes(found, sizes)
     assert found["choice"] == pytest.approx(choice_bytes(sizes, 4), rel=0.02, abs=SMALL_CHANGE)
     table = LENGTH * config.head_dim * 4
     assert rotation_bytes(config, LENGTH) == table
     assert table <= found["rotations"] <= 2 * table + SMALL_CHANGE  # the angles beside it, for a moment
+
+
+def check_passes(found: dict[str, int], sizes: Sizes) -> None:
+    for peak, num_tokens, length in ((found["first"], 400, 400), (found["second"], 200, 600)):
+        planned = prefill_bytes(sizes, num_tokens, length)
+        late = num_tokens * sizes.C * sizes.e if sizes.mp > 1 else 0  # by how long the sum stays is chance
+        assert 0.98 * planned - late - SMALL_CHANGE <= peak <= 1.02 * planned + SMALL_CHANGE
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant", "fast_bf16"),
+    [("fp16", "none", "pairs"), ("bf16", "int8", "torch"), ("fp16", "int8", "torch"), ("bf16", "int4", "pairs")],
+)
+def test_a_pass_with_weights_of_another_type_holds_what_is_planned(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, dtype: str, quant: str, fast_bf16: str
+) -> None:
+    """Our own products take no fp16, and those of a run in bf16 are torch's where cores multiply tiles."""
+    monkeypatch.setattr(llama_mp.activations, "fast_bf16", lambda: fast_bf16)
+    found = ranks.run(1, peaks, name="gqa", dtype=dtype, fast_bf16=fast_bf16, quant=quant)[0]
+    check_passes(found, sizes_of(MODELS["gqa"], 1, dtype, hidden_unit(quant), on_cpu=True, quant=quant))

@@ -13,6 +13,7 @@ from llama_mp.activations import causal_bytes, sizes_of
 from llama_mp.causal import attend_causally
 from llama_mp.chunks import PREFILL_CHUNK
 from llama_mp.config import load_size
+from llama_mp.dtypes import DTYPE_NAMES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +55,7 @@ def test_attention_holds_what_is_planned(dtype: torch.dtype, head_dim: int) -> N
     config = replace(load_size("llama3-8b"), head_dim=head_dim)
     heads = [x.cuda() for x in heads_of(dtype, 32, 8, head_dim, WHOLE, 4 * WHOLE)]
     has_kernels = torch.cuda.get_device_capability() >= cuda.MIN_CAPABILITY
-    planned = causal_bytes(sizes_of(config, 1, dtype.itemsize, has_kernels=has_kernels), WHOLE, 4 * WHOLE)
+    planned = causal_bytes(sizes_of(config, 1, DTYPE_NAMES[dtype], has_kernels=has_kernels), WHOLE, 4 * WHOLE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     attend_causally(*heads)
