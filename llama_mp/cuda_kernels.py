@@ -181,7 +181,7 @@ def product_of_several(
     M: tl.constexpr, ROWS: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T for ROWS rows of W, packed, by matrix units: codes of int8 as they are, their scale at the end; weights
-    of int4 rounded to the type of x, as torch's operations round them (kernels.linear_of_many)."""
+    of int4 rounded to the type of x, as torch's operations round them (kernels.linear_by_torch)."""
     tokens = tl.arange(0, M)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     w_row_ptrs = w_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64) * (row_vectors * 16)

@@ -11,7 +11,7 @@
 #include "vectors.h"
 
 enum { GROUP = 32, GROUPS = LANES / 4, CHAINS = 4, BATCH = LANES / 4, BLOCK = 16, AHEAD = 4096 };
-enum { BF16, INT8, INT4, INT4_PAIRS }; /* the last with x rounded to bf16, if MULTIPLIES_PAIRS */
+enum { BF16, INT8, INT4, INT4_PAIRS }; /* the last with x rounded to bf16, where MULTIPLIES_PAIRS */
 
 /* IEEE half in the high 16 bits to single, times `factor`: exact, but for infinities and NaN, which ranges are not. */
 INLINE floats from_half(words half, float factor) {
@@ -45,6 +45,7 @@ typedef struct {
     long row_bytes;    /* from one row to the next */
     const float *x;    /* [batch, x_length] */
     const float *sums; /* of x: of each group for INT4, of all for INT8, [batch, num_sums] */
+    long row_cols;     /* of the matrix */
     long num_cols;     /* filled up with zeros to whole units */
     long x_length;
     long num_groups;
@@ -63,7 +64,7 @@ INLINE const char *fill_up(const char *at, const char *end, char *room) {
 
 /* Each of CHAINS sums waits for itself alone; their number and order are the same for any batch. */
 INLINE void products_bf16(const operands *o, int batch, floats (*sums)[CHAINS]) {
-    const char *end = o->w + o->row_bytes;
+    const char *end = o->w + 2 * o->row_cols;
     char room[sizeof(words)];
     for (long i = 0; i < o->num_cols; i += 4 * LANES) {
         UNROLL for (int part = 0; part < 2; part++) {
@@ -240,15 +241,15 @@ static void prepare(int kind, const float *x, const operands *o, float *prepared
     }
 }
 
-int multiplies_pairs(void) { return MULTIPLIES_PAIRS; }
-
-/* y [batch, rows] = x [batch, cols] times the transpose of w [rows, cols]; all contiguous, cols even for BF16.
- * Returns 0, or 1 when there is no memory for a copy of x. */
+/* y [batch, rows] = x [batch, cols] times the transpose of w [rows, cols]; x and y contiguous. Returns 0, or 1
+ * when there is no memory for a copy of x. */
 int linear(int kind, const char *w, const float *x, float *y, long batch, long rows, long cols, long row_bytes) {
     static const long units[] = {4 * LANES, 4 * LANES, 8 * LANES, 8 * LANES}; /* of columns, by kind */
     static products_of *const of_kind[] = {all_bf16, all_int8, all_int4, all_int4_pairs};
+    if (kind == INT4_PAIRS && !MULTIPLIES_PAIRS) kind = INT4;
     long num_groups = kind >= INT4 ? (cols + GROUP - 1) / GROUP : 0;
-    operands all = {w, w + rows * row_bytes, row_bytes, .num_cols = (cols + units[kind] - 1) / units[kind] * units[kind]};
+    operands all = {w, w + rows * row_bytes, row_bytes, .row_cols = cols};
+    all.num_cols = (cols + units[kind] - 1) / units[kind] * units[kind];
     all.x_length = kind == INT4 ? all.num_cols / 8 * 9 : kind == INT4_PAIRS ? all.num_cols / 2 : all.num_cols;
     all.num_groups = num_groups, all.num_sums = (num_groups / LANES + 1) * LANES;
     size_t num_bytes = (all.num_cols + batch * (all.x_length + all.num_sums)) * sizeof(float);

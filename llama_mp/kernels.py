@@ -21,7 +21,7 @@ from llama_mp.layout import Span, row_chunks
 
 SOURCE, MANY_ROWS = (Path(__file__).with_name(name) for name in ("kernels.c", "many_rows.c"))
 KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of weights, in kernels.c
-INT4_PAIRS = 3  # there: int4, with x rounded to bf16
+INT4_PAIRS = 3  # there: int4, with x rounded to bf16 where the machine multiplies that
 KINDS_OF_MANY = KINDS | {torch.float32: 3}  # in many_rows.c
 UNPACKED = (torch.float32, torch.bfloat16)  # types that they make of packed weights
 MAX_ROWS = 8  # few, of which each is to the bit what it would be alone; above, arithmetic counts
@@ -55,7 +55,7 @@ def takes_many(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) ->
 
 def takes_few(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) -> bool:
     """The same for `linear_of_few`, where there is a compiler."""
-    is_ours = x.device.type == "cpu" and x.dtype is torch.float32 and weight.dtype in KINDS and x.shape[1] % 2 == 0
+    is_ours = x.device.type == "cpu" and x.dtype is torch.float32 and weight.dtype in KINDS
     return is_ours and len(x) <= few_rows(weight.dtype, precision) and load_kernels() is not None
 
 
@@ -67,24 +67,20 @@ def few_rows(dtype: torch.dtype, precision: torch.dtype) -> int:
 
 
 def linear_of_few(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
-    """`linear` by the compiled kernels: x in fp32 on the CPU with an even number of columns, `weight` contiguous."""
+    """`linear` by the compiled kernels: x in fp32 on the CPU."""
     x = x.contiguous()
     (num_rows, num_cols), num_out = x.shape, weight.shape[0]
     y = x.new_empty(num_rows, num_out)  # whatever torch's default type is
     addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-    if load_kernels().linear(
-        kind_of(weight.dtype, precision), *addresses, num_rows, num_out, num_cols, row_bytes(weight)
-    ):
+    sizes = num_rows, num_out, num_cols, row_bytes(weight)
+    if load_kernels().linear(kind_of(weight.dtype, precision), *addresses, *sizes):
         raise MemoryError("no memory for a copy of the activations")
     return y
 
 
 def kind_of(dtype: torch.dtype, precision: torch.dtype) -> int:
     """How kernels.c is to multiply few rows with weights of type `dtype`, in a run in `precision`."""
-    in_pairs = (
-        dtype is torch.uint8 and precision is torch.bfloat16 and fast_bf16() and load_kernels().multiplies_pairs()
-    )
-    return INT4_PAIRS if in_pairs else KINDS[dtype]
+    return INT4_PAIRS if dtype is torch.uint8 and precision is torch.bfloat16 else KINDS[dtype]
 
 
 def linear_of_many(
@@ -97,7 +93,7 @@ def linear_of_many(
         return None
     x = x.contiguous()
     (num_rows, num_cols), num_out = x.shape, len(weight) // 2 if is_gated else len(weight)
-    turned = torch.empty(library.turned_bytes(in_pairs, num_rows, num_cols), dtype=torch.uint8)
+    turned = x.new_empty(library.turned_bytes(in_pairs, num_rows, num_cols), dtype=torch.uint8)
     y = x.new_empty(num_rows, num_out)
     addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr(), turned.data_ptr()
     sizes = num_rows, num_out, num_cols, row_bytes(weight)
@@ -138,13 +134,15 @@ def unpacked(weight: torch.Tensor, num_cols: int, dtype: torch.dtype) -> torch.T
         return weight.to(dtype)
     if weight.device.type != "cpu" or dtype not in UNPACKED or not (library := load_many_rows()):
         return quant.dequantize(weight, num_cols, dtype)
-    matrix = torch.empty(len(weight), num_cols, dtype=dtype)
+    matrix = weight.new_empty(len(weight), num_cols, dtype=dtype)
     addresses = weight.data_ptr(), matrix.data_ptr()
     library.unpack(KINDS[weight.dtype], *addresses, dtype is torch.bfloat16, *matrix.shape, row_bytes(weight))
     return matrix
 
 
 def row_bytes(weight: torch.Tensor) -> int:
+    """From one row to the next. The columns of a row are neighbours: kernels are not told otherwise."""
+    assert weight.stride(1) == 1 or weight.shape[1] == 1, "a weight whose columns lie apart"
     return weight.stride(0) * weight.element_size()
 
 

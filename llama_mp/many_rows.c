@@ -162,9 +162,10 @@ static void unpack_row(int kind, int is_bf16, const char *row, long row_bytes, l
     const uint16_t *halves = (const uint16_t *)row + first;
     const uint16_t *ranges = (const uint16_t *)(row + (row_cols + GROUP - 1) / GROUP * (GROUP / 2));
     float values[UNPACKED], scale;
-    if (kind == FP32 || (kind == BF16 && is_bf16)) {
-        size_t size = is_bf16 ? 2 : 4;
-        memcpy(to, row + first * size, num_cols * size);
+    if (kind == FP32) {
+        store(is_bf16, (const float *)row + first, to, num_cols);
+    } else if (kind == BF16 && is_bf16) {
+        memcpy(to, halves, num_cols * sizeof *halves);
     } else if (kind == BF16) {
         for (long i = 0; i < num_cols; i++) ((uint32_t *)to)[i] = (uint32_t)halves[i] << 16;
     } else {

@@ -23,7 +23,7 @@ PACKS: dict[str, Pack] = {
 }
 WITH_FP32 = PACKS | {"fp32": lambda weight: weight}
 MANY_SHAPES = [(77, 100, 9), (1, 2, 17), (24, 1030, 33), (50, 4134, 64), (3, 71, 70), (25, 2048, 130)]
-SHAPES = [(1, 2), (3, 8), (5, 34), (16, 64), (96, 576), (331, 130), (7, 4096), (50, 1000)]
+SHAPES = [(1, 2), (3, 8), (5, 35), (16, 64), (96, 576), (331, 130), (7, 4096), (50, 1000)]
 
 
 @pytest.fixture(params=["x86-64", "x86-64-v3", "native"])
@@ -75,7 +75,7 @@ def test_int4_takes_x_rounded_where_the_run_is_in_bf16_and_the_machine_multiplie
         packed = PACKS["int4"](torch.randn(rows, cols, generator=generator))
         for num_rows in (1, 3, kernels.MAX_ROWS):
             x = torch.randn(num_rows, cols, generator=generator)
-            rounded = x.bfloat16() if kernels.kind_of(torch.uint8, torch.bfloat16) == kernels.INT4_PAIRS else x
+            rounded = x.bfloat16() if kernels.load_many_rows().multiplies_pairs() else x
             found, expected = kernels.linear(x, packed, torch.bfloat16), rounded.double() @ exact(packed, cols).T
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6 * cols)
     assert kernels.kind_of(torch.uint8, torch.float32) == kernels.KINDS[torch.uint8]
@@ -158,6 +158,34 @@ def test_takes_views_that_are_not_contiguous() -> None:
     x = torch.randn(2, 128)[:, ::2]
     weight = torch.randn(16, 64).bfloat16()
     assert torch.equal(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_takes_columns_of_a_wider_matrix(machine: str, kind: str) -> None:
+    """Beside them lies what is none of theirs; behind the last of them, nothing."""
+    weight, wide = WITH_FP32[kind](torch.randn(16, 36)), WITH_FP32[kind](torch.full((16, 100), float("nan")))
+    wide[:, 64:] = weight
+    for num_rows in (2, 20):
+        x = torch.randn(num_rows, 36)
+        assert torch.equal(kernels.linear(x, wide[:, 64:]), kernels.linear(x, weight))
+        wide[:, 20:56] = weight
+        assert torch.equal(kernels.linear(x, wide[:, 20:56]), kernels.linear(x, weight))
+    row = weight[3:4].t().clone().t()  # contiguous, though a step from row to row is one element
+    assert torch.equal(kernels.linear(x[:2], row), kernels.linear(x[:2], weight[3:4]))
+
+
+@pytest.mark.parametrize("num_rows", [2, 20])
+def test_columns_that_are_no_neighbours_are_refused(num_rows: int) -> None:
+    with pytest.raises(AssertionError):
+        kernels.linear(torch.ones(num_rows, 8), torch.ones(8, 4, dtype=torch.bfloat16).t())
+
+
+def test_results_lie_beside_their_factors_whatever_torchs_default_device_is(machine: str) -> None:
+    x, weight = torch.randn(20, 64), torch.randn(16, 64).bfloat16()
+    expected = kernels.linear(x, weight)
+    with torch.device("meta"):
+        found = kernels.linear(x, weight)
+    assert torch.equal(found, expected)
 
 
 def test_the_product_is_fp32_whatever_torchs_default_type_is() -> None:
