@@ -12,7 +12,7 @@ from llama_mp.config import ModelConfig, RunConfig
 from llama_mp.deterministic import Mode
 from llama_mp.errors import counted, say, shows_progress
 from llama_mp.fused import load_steps
-from llama_mp.kernels import load_kernels
+from llama_mp.kernels import load_kernels, load_many_rows
 from llama_mp.memory import padding_share, run_time_shards
 from llama_mp.model import Transformer, fill
 from llama_mp.offload import Store, block_of, fill_streamed
@@ -43,7 +43,7 @@ def load_model(
     """The model, and the names of tensors with values that cannot be weights. `store`: of blocks that wait elsewhere.
     `has_blocks`: every rank's has its blocks from an earlier run."""
     if world.device.type == "cpu":
-        load_kernels(), load_steps()  # built now, if they must be, and not during the first step
+        load_kernels(), load_many_rows(), load_steps()  # built now, if they must be, and not while a prompt waits
     layout = world.size, run.quant, run.deterministic
     wanted = run_time_shards(config, world.rank, *layout)
     wanted = {name: shard for name, shard in wanted.items() if not (has_blocks and block_of(name))}

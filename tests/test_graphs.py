@@ -24,7 +24,7 @@ from llama_mp.runner import Leader, Runner, follow
 from llama_mp.world import World
 
 PROMPTS = [[1, 5, 9], list(range(2, 40)), [7], [300, 200, 100, 50, 25, 12], list(range(100, 120)), [8, 8], [9]]
-CACHED = (compiled.load_library, kernels.load_kernels, fused.load_steps)
+CACHED = (compiled.load_library, kernels.load_kernels, kernels.load_many_rows, fused.load_steps)
 LENGTHS = [12, 3, 7, 1, 9, 30, 14]  # slots come free at different times
 
 

@@ -4,11 +4,12 @@ import json
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from running import torchrun
 
-from llama_mp import LLM
+from llama_mp import LLM, compiled, fused, kernels
 from llama_mp.config import SamplingConfig
 from llama_mp.errors import RequestError
 from llama_mp.prompts import as_prompt
@@ -86,6 +87,13 @@ def test_one_model_serves_several_calls(one_thread):
             llm.generate(["Hi"], top_p=2.0)
         assert llm.generate([""])[0]["finish_reason"] == "error"
         assert llm.generate([]) == []
+
+
+def test_nothing_is_compiled_while_a_prompt_waits(one_thread, tiny):
+    for cached in (compiled.load_library, kernels.load_kernels, kernels.load_many_rows, fused.load_steps):
+        cached.cache_clear()
+    with LLM(tiny) as llm, patch.object(compiled, "library_of", side_effect=AssertionError("too late")):
+        assert llm.generate([" ".join(PROMPTS)], **SAMPLED)[0]["prompt_tokens"] > kernels.MAX_ROWS
 
 
 def test_every_rank_gets_the_same_list(one_thread, tiny, tmp_path):
