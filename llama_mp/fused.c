@@ -92,7 +92,7 @@ INLINE void load(int kind, const char *from, float *to, long count) {
         return;
     }
     for (; i + LANES <= half; i += LANES) {
-        words pairs = *(const stored_words *)(from + 4 * i);
+        words pairs = *(const words *)(from + 4 * i);
         *(floats *)(to + i) = as_floats(pairs << 16);
         *(floats *)(to + half + i) = as_floats(pairs & 0xffff0000u);
     }

@@ -21,7 +21,7 @@ enum { MULTIPLIES_PAIRS = 0 };
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(2)));
-typedef words stored_words __attribute__((may_alias)); /* in memory that is written by the half */
+typedef uint16_t stored_half __attribute__((may_alias)); /* in memory that is read by the word */
 
 INLINE float from_bf16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -46,7 +46,7 @@ INLINE void store(int is_bf16, const float *x, void *to, long count) {
         memcpy((uint16_t *)to + i, &rounded, sizeof rounded);
     }
 #endif
-    for (; i < count; i++) ((uint16_t *)to)[i] = to_bf16(x[i]);
+    for (; i < count; i++) ((stored_half *)to)[i] = to_bf16(x[i]);
 }
 
 INLINE floats as_floats(words bits) { return (floats)bits; }
