@@ -156,6 +156,18 @@ static void unpack_groups(const uint8_t *codes, const uint16_t *ranges, long cou
     }
 }
 
+/* `store`, but subnormal numbers may become zeros, which products of pairs take them for. */
+INLINE void store_factors(int is_bf16, const float *x, char *to, long count) {
+    long i = 0;
+#ifdef __AVX512BF16__
+    for (; is_bf16 && i + LANES <= count; i += LANES) {
+        __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+        memcpy(to + 2 * i, &rounded, sizeof rounded);
+    }
+#endif
+    store(is_bf16, x + i, to + i * (is_bf16 ? 2 : 4), count - i);
+}
+
 /* `num_cols` columns of a row, from a multiple of GROUP on, as fp32 or bf16; `row_cols` are all. */
 static void unpack_row(int kind, int is_bf16, const char *row, long row_bytes, long row_cols, long first, long num_cols,
                        char *to) {
@@ -163,7 +175,7 @@ static void unpack_row(int kind, int is_bf16, const char *row, long row_bytes, l
     const uint16_t *ranges = (const uint16_t *)(row + (row_cols + GROUP - 1) / GROUP * (GROUP / 2));
     float values[UNPACKED], scale;
     if (kind == FP32) {
-        store(is_bf16, (const float *)row + first, to, num_cols);
+        store_factors(is_bf16, (const float *)row + first, to, num_cols);
     } else if (kind == BF16 && is_bf16) {
         memcpy(to, halves, num_cols * sizeof *halves);
     } else if (kind == BF16) {
@@ -176,7 +188,7 @@ static void unpack_row(int kind, int is_bf16, const char *row, long row_bytes, l
                 for (long j = 0; j < count; j++) values[j] = scale * ((const int8_t *)row)[i + j];
             else
                 unpack_groups((const uint8_t *)row + i / 2, ranges + i / GROUP * 2, (count + GROUP - 1) / GROUP, values);
-            store(is_bf16, values, to, count);
+            store_factors(is_bf16, values, to, count);
         }
     }
 }

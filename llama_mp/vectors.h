@@ -38,15 +38,10 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays Na
 }
 
 INLINE void store(int is_bf16, const float *x, void *to, long count) {
-    long i = 0;
-    if (!is_bf16) memcpy(to, x, count * sizeof *x), i = count;
-#ifdef __AVX512BF16__
-    for (; i + LANES <= count; i += LANES) {
-        __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
-        memcpy((uint16_t *)to + i, &rounded, sizeof rounded);
-    }
-#endif
-    for (; i < count; i++) ((stored_half *)to)[i] = to_bf16(x[i]);
+    if (is_bf16)
+        for (long i = 0; i < count; i++) ((stored_half *)to)[i] = to_bf16(x[i]);
+    else
+        memcpy(to, x, count * sizeof *x);
 }
 
 INLINE floats as_floats(words bits) { return (floats)bits; }

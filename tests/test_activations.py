@@ -92,9 +92,15 @@ def peaks(name: str, dtype: str, fast_bf16: str | None, quant: str = "none") -> 
     return {"rotations": rotations, "first": first, "second": second, "choice": chosen + logits.nbytes}
 
 
-@pytest.mark.parametrize("mp", [1, 2])
 @pytest.mark.parametrize(("dtype", "fast_bf16"), [("fp32", None), ("bf16", None), ("bf16", "pairs"), ("bf16", "torch")])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "mp"),
+    [
+        *((name, 1) for name in MODELS),
+        ("gqa", 2),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("mha", "narrow")),
+    ],
+)
 def test_a_pass_holds_what_is_planned(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, fast_bf16: str | None, mp: int
 ) -> None:

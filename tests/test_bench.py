@@ -99,6 +99,7 @@ def test_the_cost_of_the_same_bits_is_measured() -> None:
     assert result["planned_memory_bytes"] == rank_memory(load_size("smollm2-135m"), 2, workload).allocated_bytes
 
 
+@pytest.mark.slow
 def test_a_checkpoint_needs_no_tokenizer(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "weights" / "alone"
     folder.mkdir(parents=True)

@@ -172,6 +172,11 @@ def test_infer_refuses_before_weights_are_read(huge_folder: Path) -> None:
     flags = ("--ckpt_dir", huge_folder, "--device", "cpu", "--prompt", "a", "--max_gen_len", "2")
     assert re.match(REFUSED % 1, infer(*flags).refusal)
     assert re.match(REFUSED % 2, infer(*flags, "--mp", "2").refusal)
+
+
+@pytest.mark.slow
+def test_infer_refuses_under_torchrun_too(huge_folder: Path) -> None:
+    flags = ("--ckpt_dir", huge_folder, "--device", "cpu", "--prompt", "a", "--max_gen_len", "2")
     assert re.search(REFUSED % 2, torchrun(2, INFER_FILE, *flags).stderr)
 
 

@@ -166,6 +166,7 @@ def test_a_wrong_request_is_refused(
         gpu.GpuFlags(**{"device": "cpu"} | flags)
 
 
+@pytest.mark.slow
 def test_one_rank_of_eight_takes_its_steps_alone() -> None:
     wanted = {"device": "cpu", "size": "smollm2-135m", "mp": 8, "prompt_len": 4, "gen_len": 2}
     done = run(sys.executable, BENCHMARKS / "gpu_side.py", "share", json.dumps(wanted))

@@ -149,6 +149,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_under_torchrun_what_rank_1_alone_refuses_is_said_once(cut: Path, tiny: Path, tmp_path: Path) -> None:
     script = tmp_path / "two_machines.py"
     script.write_text(OTHER_FOLDER)

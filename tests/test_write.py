@@ -161,6 +161,7 @@ def test_memory_does_not_grow_with_the_checkpoint(chain: tuple[Path, list]) -> N
         assert taken <= announced + 10e6
 
 
+@pytest.mark.slow
 def test_the_answer_is_the_same_from_each(chain: tuple[Path, list]) -> None:
     """Of the two formats: what is in the first folder is in the second, which was read from it."""
     question, answer = "What is the capital of France?", "The capital of France is Paris."
