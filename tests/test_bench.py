@@ -59,6 +59,7 @@ def test_prints_the_ceiling_first_and_the_contract_last(tmp_path: Path) -> None:
     assert f"recorded in {record}" in done.stderr
 
 
+@pytest.mark.slow
 def test_figures_agree_with_each_other() -> None:
     result = result_of(bench(*SHORT, "--dtype", "fp32"))
     assert result["decode_tokens_per_s"] * result["tpot_s"] == pytest.approx(1, rel=1e-3)

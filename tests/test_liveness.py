@@ -39,7 +39,6 @@ def both(what: str, *says: str, ranks: int = 2) -> list[Fault]:
 FAULTS = [
     *both("1 step-7 SIGKILL", "rank 1", "died in step 7|killed by SIGKILL"),
     both("1 step-7 SIGSTOP", "rank 1 on ", "step 7", "did not answer for", r"stopped \(SIGSTOP\)")[False],
-    both("0 step-7 SIGSTOP", "rank 0 on ", "step 7", r"stopped \(SIGSTOP\)")[True],
     both("1 load raise", "rank 1: unexpected ZeroDivisionError: made to fail")[False],
     both("1 step-7 raise", "rank 1 on .*, in step 7: unexpected ZeroDivisionError: made to fail")[False],
     both("1 step-7 hang", "rank 1 on .* did not come to step 7, all-reduce")[True],
@@ -49,6 +48,7 @@ FAULTS = [
     both("1 step-7 memory", "rank 1 on .*, in step 7: not enough memory")[False],
 ]
 SLOW = [
+    both("0 step-7 SIGSTOP", "rank 0 on ", "step 7", r"stopped \(SIGSTOP\)")[True],
     both("1 load SIGSTOP", "rank 1 on ", "set-up", r"stopped \(SIGSTOP\)")[False],
     both("1 step-7 SIGSTOP", "rank 1 on ", "step 7", "did not answer for", r"stopped \(SIGSTOP\)")[True],
     *both("3 step-7 SIGKILL", "rank 3", "died|killed by SIGKILL", ranks=4),

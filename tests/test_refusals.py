@@ -96,6 +96,7 @@ def test_a_disk_that_is_full_from_the_beginning(tiny: Path, tmp_path: Path, no_t
     assert list(folder.iterdir()) == [], "nothing is left for the next run to stumble over"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(tiny: Path, tmp_path: Path) -> None:
     prompts, path = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(json.dumps({"id": str(i), "prompt": "Once upon a time"}) + "\n" for i in range(40)))
@@ -135,6 +136,7 @@ def test_a_file_that_all_ranks_refuse(cut: Path) -> None:
     assert is_cut(done.refusal, cut)
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_of_the_ranks_that_refuse_speaks(cut: Path) -> None:
     done = torchrun(2, INFER, "--ckpt_dir", cut, "--prompt", "Hi")
     assert is_cut(error_under_torchrun(done), cut)
